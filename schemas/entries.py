@@ -1,0 +1,68 @@
+"""An entry of a request stream: the envelope around a request, decoded without ever raising."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from schemas import strict_json
+from schemas.errors import ErrorCode
+from schemas.requests import GenerationRequest, RequestError, decode_request, is_job_id
+
+MAX_RUN = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEntry:
+    """What a stream entry says.
+
+    `job_id` is None when none can be read: such an entry is a dead letter. `request` is None exactly when `error` says
+    why the payload was refused. `raw` keeps the payload's bytes whatever they are.
+    """
+
+    job_id: str | None
+    run: int
+    request: GenerationRequest | None
+    error: RequestError | None
+    raw: bytes
+    traceparent: str | None = None
+
+
+def encode_entry(request: GenerationRequest, run: int = 1, traceparent: str | None = None) -> dict[str, bytes]:
+    """The fields of the stream entry that carries `request`."""
+    fields = {"payload": request.encode(), "job_id": request.job_id.encode(), "run": str(run).encode()}
+    if traceparent is not None:
+        fields["traceparent"] = traceparent.encode()
+    return fields
+
+
+def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
+    """Reads the fields of a stream entry, whatever is in them."""
+    raw = fields.get(b"payload", b"")
+    traceparent = fields.get(b"traceparent", b"").decode("ascii", "replace") or None
+    named = _job_id(fields.get(b"job_id"))
+    run = _run(fields.get(b"run"))
+    try:
+        request = decode_request(raw)
+        if named is not None and named != request.job_id:
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the entry's job_id is not the payload's")
+        if b"job_id" in fields and named is None:
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the entry's job_id is not a job id")
+        if run is None:
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the entry's run is not a positive integer")
+    except RequestError as error:
+        job_id = named or _job_id(strict_json.salvage_string(raw, "job_id"))
+        return RequestEntry(job_id, run or 1, None, error, raw, traceparent)
+    return RequestEntry(request.job_id, run, request, None, raw, traceparent)
+
+
+def _job_id(value: bytes | str | None) -> str | None:
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    return text if is_job_id(text) else None
+
+
+def _run(value: bytes | None) -> int | None:
+    if value is None:
+        return 1
+    if not value.isdigit() or len(value) > 10:
+        return None
+    run = int(value)
+    return run if 1 <= run <= MAX_RUN else None

@@ -1,0 +1,299 @@
+"""A generation request as it travels: frozen, strict, and refused rather than guessed at."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from datetime import UTC, datetime
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from schemas import strict_json
+from schemas.errors import ErrorCode
+from schemas.redact import without_query
+
+VERSION = 1
+MAX_PAYLOAD_BYTES = 64 * 1024
+MAX_METADATA_BYTES = 4 * 1024
+MAX_LORAS = 4
+SIDES = (512, 768, 1024, 1344, 1536)
+JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+
+_PROMPT_ERROR = "invalid_prompt"
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE)  # printable ASCII without the backslash
+
+
+class RequestError(ValueError):
+    """A request that does not fit the contract.
+
+    `code` is INVALID_REQUEST or INVALID_PROMPT; `details["problems"]` lists `{field, problem}` without echoing the input.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, problems: list[dict[str, str]] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.details: dict[str, Any] = {"problems": problems} if problems else {}
+
+    @classmethod
+    def from_validation(cls, error: ValidationError) -> Self:
+        """One sentence and a list from pydantic's report; INVALID_PROMPT only where nothing else is wrong."""
+        reports = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = [
+            {"field": ".".join(str(part) for part in report["loc"])[:80] or "request", "problem": report["msg"]}
+            for report in reports[:20]
+        ]
+        only_prompt = all(report["type"] == _PROMPT_ERROR for report in reports)
+        code = ErrorCode.INVALID_PROMPT if only_prompt else ErrorCode.INVALID_REQUEST
+        return cls(code, "; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems[:3]), problems)
+
+
+def is_job_id(value: object) -> bool:
+    """Whether `value` may serve as a job's id."""
+    return isinstance(value, str) and _JOB_ID.fullmatch(value) is not None
+
+
+def _refuse(kind: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, message)  # type: ignore[arg-type]  # wants a literal; ours are constants of this file
+
+
+def _check_no_nul(value: str) -> str:
+    if "\0" in value:
+        raise _refuse("nul", "has a NUL character")
+    return value
+
+
+def _check_printable(prompt: str) -> str:
+    for character in prompt:
+        if unicodedata.category(character) == "Cc" and character not in "\n\t":
+            raise _refuse(_PROMPT_ERROR, f"has the control character U+{ord(character):04X}")
+    return prompt
+
+
+def _check_prompt(prompt: str) -> str:
+    # Cf holds the zero-width characters; combining marks alone draw nothing either.
+    if all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc", "Mn", "Me") for character in prompt):
+        raise _refuse(_PROMPT_ERROR, "is blank")
+    return _check_printable(prompt)
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        has_userinfo = "@" in parts.netloc
+        _ = parts.port  # raises where the port is no port
+    except ValueError:
+        raise _refuse("url", "is not a URL") from None
+    if not _URL.fullmatch(url) or (parts.scheme in ("http", "https") and not parts.hostname):
+        raise _refuse("url", "is not a URL")
+    if has_userinfo:
+        raise _refuse("url", "has userinfo")
+    return url
+
+
+def _check_object_key(key: str) -> str:
+    if ".." in key or key.startswith("/") or any(unicodedata.category(character) == "Cc" for character in key):
+        raise _refuse("object_key", "is not an object key: no '..', no leading '/', no control characters")
+    if len(key.encode()) > 1024:
+        raise _refuse("object_key", "is longer than 1024 bytes")
+    return key
+
+
+def _check_side(side: int) -> int:
+    if side not in SIDES:
+        raise _refuse("side", f"must be one of {', '.join(map(str, SIDES))}")
+    return side
+
+
+def _read_rfc3339(value: object) -> object:
+    # pydantic alone would also read unix times written as strings
+    if not isinstance(value, str):
+        return value
+    if not _RFC3339.fullmatch(value):
+        raise _refuse("time", "is not an RFC 3339 time")
+    try:
+        return datetime.fromisoformat(value.upper())
+    except ValueError:
+        raise _refuse("time", "is not an RFC 3339 time") from None
+
+
+def _in_utc(value: datetime) -> datetime:
+    return value.astimezone(UTC)
+
+
+Time = Annotated[AwareDatetime, BeforeValidator(_read_rfc3339), AfterValidator(_in_utc)]
+Text = Annotated[str, AfterValidator(_check_no_nul)]
+Url = Annotated[str, AfterValidator(_check_url)]
+ObjectKey = Annotated[str, Field(min_length=1), AfterValidator(_check_object_key)]
+Scale = Annotated[float, Field(ge=0.0, le=1.0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+Side = Annotated[int, AfterValidator(_check_side), Field(json_schema_extra={"enum": list(SIDES)})]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class LoraRef(_Wire):
+    """One LoRA of a request: where its file is, and how strongly it is applied."""
+
+    url: Url | None = None
+    key: ObjectKey | None = None
+    scale: Scale = 1.0
+    version: Text | None = None
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.url is None) == (self.key is None):
+            raise _refuse("lora_source", "needs either a url or a key")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What names the object, with nothing in it that signs: the URL without its query, or the key."""
+        return self.key if self.key is not None else without_query(self.url or "")
+
+    @property
+    def name(self) -> str:
+        """The last part of the object's path, for people."""
+        return self.source.rsplit("/", 1)[-1]
+
+
+class GenerationRequest(_Wire):
+    """One picture to make, version 1 of the contract."""
+
+    v: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
+    job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)]
+    prompt: Annotated[str, Field(max_length=4000), AfterValidator(_check_prompt)]
+    negative_prompt: Annotated[str, Field(max_length=4000), AfterValidator(_check_printable)] = ""
+    lora_url: Url | None = None
+    lora_key: ObjectKey | None = None
+    lora_scale: Scale = 1.0
+    lora_version: Text | None = None
+    lora_sha256: Sha256 | None = None
+    loras: Annotated[tuple[LoraRef, ...], Field(max_length=MAX_LORAS)] = ()
+    width: Side = 1024
+    height: Side = 1024
+    steps: Annotated[int, Field(ge=20, le=50)] = 28
+    cfg: Annotated[float, Field(ge=1.0, le=20.0)] = 5.5
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    timeout: Annotated[int, Field(ge=1, le=300)] = 60
+    expires_at: Time | None = None
+    tenant: Text | None = None
+    output_key: ObjectKey | None = None
+    upload_url: Url | None = None
+    webhook_url: Url | None = None
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("metadata")
+    @classmethod
+    def _check_metadata(cls, metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+        if len(text.encode("utf-8", "surrogatepass")) > MAX_METADATA_BYTES:
+            raise _refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
+        if "\\u0000" in text.replace("\\\\", ""):
+            raise _refuse("metadata", "has a NUL character")
+        return metadata
+
+    @model_validator(mode="after")
+    def _check_exclusions(self) -> Self:
+        if self.lora_url is not None and self.lora_key is not None:
+            raise _refuse("exclusive", "lora_url excludes lora_key")
+        if self.loras and (self.lora_url is not None or self.lora_key is not None):
+            raise _refuse("exclusive", "loras excludes lora_url and lora_key")
+        if self.upload_url is not None and self.output_key is not None:
+            raise _refuse("exclusive", "upload_url excludes output_key")
+        sources = [lora.source for lora in self.loras]
+        if len(set(sources)) != len(sources):
+            raise _refuse("loras", "loras names the same LoRA twice")
+        return self
+
+    @property
+    def lora_refs(self) -> tuple[LoraRef, ...]:
+        """The LoRAs to apply, in order, whichever way they were written."""
+        if self.lora_url is None and self.lora_key is None:
+            return self.loras
+        return (
+            LoraRef(
+                url=self.lora_url,
+                key=self.lora_key,
+                scale=self.lora_scale,
+                version=self.lora_version,
+                sha256=self.lora_sha256,
+            ),
+        )
+
+    @property
+    def effective_seed(self) -> int:
+        """The seed, or the first 32 bits of SHA-256(`job_id`), so that a rerun draws the same picture."""
+        if self.seed is not None:
+            return self.seed
+        return int.from_bytes(hashlib.sha256(self.job_id.encode()).digest()[:4], "big")
+
+    @property
+    def image_key(self) -> str:
+        """The object key of the PNG in the project's own bucket."""
+        return self.output_key or f"images/{self.job_id}.png"
+
+    def redacted(self) -> "GenerationRequest":
+        """The same request without any URL's query: fit to be kept after the job's end."""
+
+        def clean(url: str | None) -> str | None:
+            return None if url is None else without_query(url)
+
+        return self.model_copy(
+            update={
+                "lora_url": clean(self.lora_url),
+                "upload_url": clean(self.upload_url),
+                "webhook_url": clean(self.webhook_url),
+                "loras": tuple(lora.model_copy(update={"url": clean(lora.url)}) for lora in self.loras),
+            }
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over the request without its URLs' queries: equal for the same job signed afresh."""
+        body = json.dumps(self.redacted().model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    def encode(self) -> bytes:
+        """The `payload` of a stream entry."""
+        return self.model_dump_json(exclude_defaults=True).encode()
+
+
+def decode_request(payload: bytes) -> GenerationRequest:
+    """Parses the `payload` of a stream entry.
+
+    Raises RequestError for everything that the contract refuses.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise RequestError(ErrorCode.INVALID_REQUEST, f"the payload is larger than {MAX_PAYLOAD_BYTES} bytes")
+    try:
+        strict_json.loads(payload)
+        return GenerationRequest.model_validate_json(payload)
+    except strict_json.StrictJsonError as error:
+        raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from None
+    except ValidationError as error:
+        raise RequestError.from_validation(error) from None
