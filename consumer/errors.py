@@ -26,25 +26,16 @@ from pydantic import JsonValue
 
 from schemas.errors import ERROR_TABLE, ErrorCode
 
-_FROM_TABLE = object()
-
 
 class WorkerError(Exception):
-    """A failed attempt. `details` goes into the event (redacted there); `retry_after_s` as in the contract's table."""
+    """A failed attempt. `details` goes into the event (redacted there); `retry_after_s` as the contract has it."""
 
     code: ClassVar[ErrorCode]
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        details: dict[str, JsonValue] | None = None,
-        retry_after_s: int | None | object = _FROM_TABLE,
-    ) -> None:
+    def __init__(self, message: str, *, details: dict[str, JsonValue] | None = None) -> None:
         super().__init__(message)
         self.details: dict[str, JsonValue] = details or {}
-        table = ERROR_TABLE[self.code].retry_after_s
-        self.retry_after_s: int | None = table if not isinstance(retry_after_s, int | None) else retry_after_s
+        self.retry_after_s = ERROR_TABLE[self.code].retry_after_s
 
 
 class RetryableError(WorkerError):
@@ -89,14 +80,16 @@ class LoraRefused(PermanentError):
     code = ErrorCode.LORA_DOWNLOAD_FAILED
 
     def __init__(self, message: str, *, details: dict[str, JsonValue] | None = None) -> None:
-        super().__init__(message, details=details, retry_after_s=None)
+        super().__init__(message, details=details)
+        self.retry_after_s = None
 
 
 class LoraUrlExpired(PermanentError):
     code = ErrorCode.LORA_DOWNLOAD_FAILED
 
     def __init__(self, message: str, *, details: dict[str, JsonValue] | None = None) -> None:
-        super().__init__(message, details=details, retry_after_s=0)
+        super().__init__(message, details=details)
+        self.retry_after_s = 0
 
 
 class LoraInvalid(PermanentError):
@@ -107,6 +100,10 @@ class UploadRefused(PermanentError):
     """`retry_after_s`: 0 where a fresh URL helps, None where this key can never be written."""
 
     code = ErrorCode.UPLOAD_FAILED
+
+    def __init__(self, message: str, *, retry_after_s: int | None, details: dict[str, JsonValue] | None = None) -> None:
+        super().__init__(message, details=details)
+        self.retry_after_s = retry_after_s
 
 
 class AttemptTimeout(PermanentError):

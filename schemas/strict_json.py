@@ -37,7 +37,7 @@ def loads(raw: bytes) -> Any:
 
 
 def salvage_string(raw: bytes, key: str) -> str | None:
-    """The string under a top-level `key` of JSON that `loads` refuses for its details, None where there is no single one."""
+    """The string under a top-level `key` of JSON that `loads` may refuse; None where there is no single one."""
     found: list[Any] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
