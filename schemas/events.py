@@ -1,7 +1,7 @@
 """The events that consumers publish: a union told apart by `type`, and the bytes that a webhook carries too."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, TypeAdapter, ValidationError
 
@@ -27,7 +27,7 @@ class _Part(BaseModel):
 
 
 class AppliedLora(_Part):
-    """One LoRA of a picture. `modules`: how many weights it changed; `skipped`: keys that match nothing in the model."""
+    """One LoRA of a picture. `modules`: weights it changed; `skipped`: keys that match nothing in the model."""
 
     name: str
     version: str | None = None
@@ -168,10 +168,8 @@ class CancelledEvent(_Event):
 
 
 TerminalEvent = SucceededEvent | FailedEvent | CancelledEvent
-Event = Annotated[
-    StartedEvent | RetryingEvent | SucceededEvent | FailedEvent | CancelledEvent, Field(discriminator="type")
-]
-EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+Event = StartedEvent | RetryingEvent | TerminalEvent
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
 def event_id(data: EventData, kind: str, *, with_attempt: bool = False) -> str:
@@ -204,20 +202,15 @@ def _redacted(data: _ErrorDataT) -> _ErrorDataT:
     return data.model_copy(update={"error": redact_text(data.error), "details": redact_value(data.details)})
 
 
-def decode_event(payload: bytes) -> StartedEvent | RetryingEvent | SucceededEvent | FailedEvent | CancelledEvent:
+def decode_event(payload: bytes) -> Event:
     """Parses the `payload` of a completion.
 
     Raises EventError.
     """
     try:
-        event: StartedEvent | RetryingEvent | SucceededEvent | FailedEvent | CancelledEvent = EVENT.validate_json(
-            payload
-        )
+        return EVENT.validate_json(payload)
     except ValidationError as error:
-        raise EventError(
-            f"not an event: {error.error_count()} problems, the first: {error.errors()[0]['type']}"
-        ) from None
-    return event
+        raise EventError(f"not an event: {error.error_count()} problems, first {error.errors()[0]['type']}") from None
 
 
 def is_terminal(event_type: str) -> bool:

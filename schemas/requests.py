@@ -42,7 +42,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE)  # printable 
 class RequestError(ValueError):
     """A request that does not fit the contract.
 
-    `code` is INVALID_REQUEST or INVALID_PROMPT; `details["problems"]` lists `{field, problem}` without echoing the input.
+    `code` is INVALID_REQUEST or INVALID_PROMPT; `details["problems"]` lists `{field, problem}`, never the input.
     """
 
     def __init__(self, code: ErrorCode, message: str, problems: list[dict[str, str]] | None = None) -> None:
@@ -69,7 +69,7 @@ def is_job_id(value: object) -> bool:
 
 
 def _refuse(kind: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, message)  # type: ignore[arg-type]  # wants a literal; ours are constants of this file
+    return PydanticCustomError(kind, message)
 
 
 def _check_no_nul(value: str) -> str:
