@@ -1,0 +1,120 @@
+"""Getting entries: new ones, those that dead consumers left, and delayed jobs that are due."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from consumer.queue import scripts
+from consumer.queue.connection import server_time_ms
+from schemas.keys import CONSUMER_GROUP, Keys, Priority
+
+log = structlog.get_logger(__name__)
+
+
+class Delivery(NamedTuple):
+    """One stream entry that this consumer was given."""
+
+    stream: str
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+
+
+class Intake:
+    """Reads, reclaims and promotes for one consumer name. Every method may raise redis.RedisError."""
+
+    def __init__(self, redis: Redis, reader: Redis, keys: Keys, name: str, *, lease_s: float) -> None:
+        self._redis = redis
+        self._reader = reader
+        self._keys = keys
+        self._name = name
+        self._lease_ms = math.ceil(lease_s * 1000)
+        self._turn = 0
+        self._cursors = dict.fromkeys(keys.request_streams, "0-0")
+        self._promote = redis.register_script(scripts.PROMOTE)
+
+    async def ensure_groups(self) -> None:
+        """Creates the consumer group on every request stream, from its first entry on."""
+        for stream in self._keys.request_streams:
+            try:
+                await self._redis.xgroup_create(stream, CONSUMER_GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def read(self, *, block_ms: int) -> list[Delivery]:
+        """The next entry, most urgent stream first with a share for each; with all of them empty, waits `block_ms`.
+
+        One entry, but up to one per stream when they arrive at the same instant. Of 16 entries the normal stream is
+        asked first for 3 and the low one for 1, so none starves.
+        """
+        for stream in self._order():
+            found = await self._read_group({stream: ">"}, count=1)
+            if found:
+                self._turn += 1
+                return found
+        return await self._read_group(dict.fromkeys(self._keys.request_streams, ">"), count=1, block_ms=block_ms)
+
+    async def unseen(self, held: Collection[str]) -> list[Delivery]:
+        """Entries pending under our name that are not `held`: their delivery was lost on its way to us."""
+        pending = await self._read_group(dict.fromkeys(self._keys.request_streams, "0"), count=100)
+        return [delivery for delivery in pending if delivery.entry_id not in held]
+
+    async def reclaim(self, held: Collection[str]) -> list[Delivery]:
+        """At most one entry whose owner has let its lease run out, or has handed it back."""
+        for stream in self._order():
+            reply: Any = await self._redis.xautoclaim(
+                stream, CONSUMER_GROUP, self._name, self._lease_ms, start_id=self._cursors[stream], count=1
+            )
+            self._cursors[stream], claimed = reply[0].decode(), reply[1]
+            found = [item for item in await self._deliveries(stream, claimed) if item.entry_id not in held]
+            if found:
+                return found
+        return []
+
+    async def promote(self, limit: int = 100) -> int:
+        """Moves delayed jobs that are due back to their streams; returns how many."""
+        now_ms = server_time_ms(await self._redis.time())
+        due: Any = await self._redis.zrangebyscore(self._keys.delayed, 0, now_ms, start=0, num=limit)
+        moved = 0
+        for job_id in (raw.decode() for raw in due):
+            priority: Any = await self._redis.hget(self._keys.job(job_id), "priority")
+            stream = self._keys.requests(Priority(priority.decode()) if priority else Priority.NORMAL)
+            keys = [self._keys.delayed, self._keys.job(job_id), self._keys.cancel(job_id), stream]
+            moved += int(await self._promote(keys=keys, args=[job_id]))
+        return moved
+
+    def _order(self) -> list[str]:
+        high, normal, low = self._keys.request_streams
+        if self._turn % 16 == 15:
+            return [low, high, normal]
+        return [normal, high, low] if self._turn % 4 == 3 else [high, normal, low]
+
+    async def _read_group(self, streams: dict[str, str], *, count: int, block_ms: int | None = None) -> list[Delivery]:
+        try:
+            reply: Any = await self._reader.xreadgroup(
+                CONSUMER_GROUP, self._name, dict(streams.items()), count=count, block=block_ms
+            )
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            # A flush or a failover took the group. What the streams hold now is delivered from the first entry on.
+            log.warning("queue.group_missing", group=CONSUMER_GROUP)
+            await self.ensure_groups()
+            return []
+        found: list[Delivery] = []
+        for stream, entries in reply.items() if isinstance(reply, dict) else reply or []:
+            found += await self._deliveries(stream.decode(), entries)
+        return found
+
+    async def _deliveries(self, stream: str, entries: Iterable[Any]) -> list[Delivery]:
+        found = []
+        for entry_id, fields in entries:
+            if fields:
+                found.append(Delivery(stream, entry_id.decode(), fields))
+            else:  # deleted, and still pending: Redis 6.2 keeps those
+                await self._redis.xack(stream, CONSUMER_GROUP, entry_id)
+        return found

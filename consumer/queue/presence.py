@@ -1,0 +1,38 @@
+"""Who is alive, for people and for whoever starts consumers."""
+
+from collections.abc import Mapping
+
+from redis.asyncio import Redis
+
+from consumer.queue.connection import server_time_ms
+from schemas.keys import CONSUMER_GROUP, Keys
+
+_RECORD_TTL_MS = 3_600_000
+
+
+class Presence:
+    """One consumer's entry among the living."""
+
+    def __init__(self, redis: Redis, keys: Keys, name: str) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._name = name
+
+    async def heartbeat(self, record: Mapping[str, str]) -> None:
+        """Says that this consumer lives, and what it does. Forgets those that have been silent for an hour."""
+        now_ms = server_time_ms(await self._redis.time())
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.zadd(self._keys.consumers, {self._name: now_ms})
+        pipe.zremrangebyscore(self._keys.consumers, 0, now_ms - _RECORD_TTL_MS)
+        pipe.hset(self._keys.consumer(self._name), mapping=dict(record.items()))
+        pipe.pexpire(self._keys.consumer(self._name), _RECORD_TTL_MS)
+        await pipe.execute()
+
+    async def leave(self) -> None:
+        """Removes this consumer from the living, and from the groups in which it holds nothing."""
+        for stream in self._keys.request_streams:
+            # DELCONSUMER would drop what is still pending under the name
+            if not await self._redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 1, consumername=self._name):
+                await self._redis.xgroup_delconsumer(stream, CONSUMER_GROUP, self._name)
+        await self._redis.zrem(self._keys.consumers, self._name)
+        await self._redis.delete(self._keys.consumer(self._name))

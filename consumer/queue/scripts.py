@@ -1,0 +1,222 @@
+"""The consumer's atomic steps, as Lua for Redis 6.2 and newer.
+
+Every script may be sent twice (a client repeats a command whose reply was lost), so each recognises its own work:
+`lease` is unique to one begin and stays in the job's hash. It is the fence, too: another lease is somebody else's.
+"""
+
+from schemas.lua import PRELUDE
+
+_OWNERSHIP = """
+local function is_owner(stream, group, entry_id, consumer)
+  local pending = redis.call('XPENDING', stream, group, entry_id, entry_id, 1)
+  return pending[1] ~= nil and pending[1][2] == consumer
+end
+
+local function renew(stream, group, entry_id, consumer)
+  redis.call('XCLAIM', stream, group, consumer, 0, entry_id, 'IDLE', 0, 'JUSTID')
+end
+
+local function remove(stream, group, entry_id)
+  redis.call('XACK', stream, group, entry_id)
+  redis.call('XDEL', stream, entry_id)
+end
+"""
+
+_HEAD = PRELUDE + _OWNERSHIP
+
+# Takes the job over for one attempt. Verdicts: lost, duplicate, cancelled, refused, expired, exhausted, ok.
+# All but the first two leave the caller as the lease's owner, who has to end the run or do the work.
+BEGIN = (
+    _HEAD
+    + """
+local stream, job, cancel, progress, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local group, entry_id, consumer, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local run, priority, payload, fingerprint = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8]
+local max_attempts, expires_at, valid = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] == '1'
+local now = now_ms()
+
+if not is_owner(stream, group, entry_id, consumer) then return {'lost'} end
+
+local function read_job()
+  local values = redis.call('HMGET', job, 'run', 'state', 'attempt', 'entry_id', 'lease', 'submitted_at')
+  return {run = tonumber(values[1]), state = values[2], attempt = tonumber(values[3]) or 0, entry_id = values[4],
+    lease = values[5], submitted_at = values[6]}
+end
+
+local last = read_job()
+local takes_over = last.run == nil or (run == last.run + 1 and (last.state == 'failed' or last.state == 'cancelled'))
+local owns = run == last.run and not is_terminal(last.state) and last.entry_id == entry_id
+if not takes_over and not owns then
+  remove(stream, group, entry_id)
+  redis.call('HINCRBY', counters, 'duplicates', 1)
+  return {'duplicate'}
+end
+if takes_over then
+  redis.call('DEL', job, progress)
+  redis.call('HSET', job, 'state', 'queued', 'run', run, 'attempt', 0, 'priority', priority, 'entry_id', entry_id,
+    'payload', payload, 'fingerprint', fingerprint, 'submitted_at', string.match(entry_id, '^%d+'))
+  last = read_job()
+end
+if last.lease == lease and last.state == 'preparing' then
+  return {'ok', last.attempt, last.submitted_at, now, 'queued'}
+end
+
+renew(stream, group, entry_id, consumer)
+redis.call('HSET', job, 'lease', lease, 'consumer', consumer)
+local function verdict(name) return {name, last.attempt, last.submitted_at, now, last.state} end
+if redis.call('EXISTS', cancel) == 1 then return verdict('cancelled') end
+if not valid then return verdict('refused') end
+if last.attempt == 0 and expires_at ~= nil and now >= expires_at then return verdict('expired') end
+if last.state == 'preparing' or last.state == 'running' then redis.call('HINCRBY', job, 'crashes', 1) end
+if last.attempt >= max_attempts then return verdict('exhausted') end
+redis.call('HSET', job, 'state', 'preparing')
+redis.call('HINCRBY', job, 'attempt', 1)
+return {'ok', last.attempt + 1, last.submitted_at, now, last.state}
+"""
+)
+
+# The job has the GPU. Answers: ok, cancel, lost.
+START = (
+    _HEAD
+    + """
+local stream, job, cancel, completions = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local group, entry_id, consumer, lease, job_id, event = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local held = redis.call('HMGET', job, 'lease', 'state')
+if held[1] ~= lease or not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+if redis.call('EXISTS', cancel) == 1 then return 'cancel' end
+if held[2] ~= 'running' then
+  redis.call('HSET', job, 'state', 'running')
+  redis.call('XADD', completions, '*', 'type', 'generation.started', 'job_id', job_id, 'payload', event)
+end
+return 'ok'
+"""
+)
+
+# One step's progress. Answers: ok, cancel, lost.
+PROGRESS = """
+local job, cancel, progress = KEYS[1], KEYS[2], KEYS[3]
+if redis.call('HGET', job, 'lease') ~= ARGV[1] then return 'lost' end
+redis.call('XADD', progress, 'MAXLEN', '~', ARGV[2], '*', 'step', ARGV[4], 'total', ARGV[5], 'eta_s', ARGV[6])
+redis.call('EXPIRE', progress, ARGV[3])
+if redis.call('EXISTS', cancel) == 1 then return 'cancel' end
+return 'ok'
+"""
+
+# Renews the lease; a lease that is empty belongs to an entry that was read and not begun. Answers: ok, cancel, lost.
+EXTEND = (
+    _HEAD
+    + """
+local stream, job, cancel = KEYS[1], KEYS[2], KEYS[3]
+local group, entry_id, consumer, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+if lease ~= '' and redis.call('HGET', job, 'lease') ~= lease then return 'lost' end
+renew(stream, group, entry_id, consumer)
+if redis.call('EXISTS', cancel) == 1 then return 'cancel' end
+return 'ok'
+"""
+)
+
+# Ends the run: acknowledgement, state, completion and dead letter together or not at all. Answers: ok, lost.
+FINISH = (
+    _HEAD
+    + """
+local stream, job, cancel, progress, completions, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local group, entry_id, consumer, lease, dead_lettered = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
+local run = {job_id = ARGV[6], state = ARGV[7], type = ARGV[8], event = ARGV[9], payload = ARGV[10], ttl_ms = ARGV[11]}
+local held = redis.call('HMGET', job, 'lease', 'state', 'run', 'attempt')
+if held[1] ~= lease then return 'lost' end
+if is_terminal(held[2]) then return 'ok' end
+if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+remove(stream, group, entry_id)
+end_run(job, cancel, progress, completions, run)
+if dead_lettered then
+  redis.call('XADD', dead, '*', 'job_id', run.job_id, 'run', held[3], 'payload', run.payload, 'event', run.event,
+    'attempts', held[4], 'source', stream, 'died_at', now_ms())
+end
+return 'ok'
+"""
+)
+
+# Puts the job aside until it is due again. Answers: ok, lost.
+RETRY = (
+    _HEAD
+    + """
+local stream, job, delayed, completions = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local group, entry_id, consumer, lease, job_id, event = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local held = redis.call('HMGET', job, 'lease', 'state')
+if held[1] ~= lease then return 'lost' end
+if held[2] == 'delayed' then return 'ok' end
+if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+remove(stream, group, entry_id)
+redis.call('HSET', job, 'state', 'delayed', 'consumer', '')
+redis.call('ZADD', delayed, now_ms() + tonumber(ARGV[7]), job_id)
+redis.call('XADD', completions, '*', 'type', 'generation.retrying', 'job_id', job_id, 'payload', event)
+return 'ok'
+"""
+)
+
+# Hands an entry back at shutdown: it keeps its place in the stream, pending under nobody and idle for so long that
+# the next reclaim takes it. A begun attempt is uncounted. Answers: ok, lost.
+RELEASE = (
+    _HEAD
+    + """
+local stream, job = KEYS[1], KEYS[2]
+local group, entry_id, consumer, lease, nobody, idle_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+if lease ~= '' then
+  local held = redis.call('HMGET', job, 'lease', 'state')
+  if held[1] ~= lease then return 'lost' end
+  if held[2] == 'preparing' or held[2] == 'running' then
+    redis.call('HINCRBY', job, 'attempt', -1)
+    redis.call('HSET', job, 'state', 'queued', 'consumer', '')
+    redis.call('HINCRBY', job, 'handbacks', 1)
+  end
+  redis.call('HDEL', job, 'lease')
+end
+redis.call('XCLAIM', stream, group, nobody, 0, entry_id, 'IDLE', idle_ms, 'JUSTID')
+return 'ok'
+"""
+)
+
+# Moves one delayed job that is due back to its stream. A job whose cancellation was asked for keeps `delayed` as its
+# state, so that its event can say where it was.
+PROMOTE = (
+    PRELUDE
+    + """
+local delayed, job, cancel, stream = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local job_id = ARGV[1]
+local due = redis.call('ZSCORE', delayed, job_id)
+if not due or tonumber(due) > now_ms() then return 0 end
+redis.call('ZREM', delayed, job_id)
+local held = redis.call('HMGET', job, 'state', 'payload', 'run')
+if held[1] ~= 'delayed' then return 0 end
+local entry_id = redis.call('XADD', stream, '*', 'payload', held[2], 'job_id', job_id, 'run', held[3])
+redis.call('HSET', job, 'entry_id', entry_id)
+if redis.call('EXISTS', cancel) == 0 then redis.call('HSET', job, 'state', 'queued') end
+return 1
+"""
+)
+
+# An entry from which no job id can be read. Answers: ok, lost.
+BURY = (
+    _HEAD
+    + """
+local stream, dead = KEYS[1], KEYS[2]
+local group, entry_id, consumer, raw = ARGV[1], ARGV[2], ARGV[3], ARGV[5]
+if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+remove(stream, group, entry_id)
+redis.call('XADD', dead, '*', 'raw', raw, 'source', stream, 'died_at', now_ms())
+return 'ok'
+"""
+)
+
+# Notes what is about to be uploaded through a URL that cannot be read back. The first note of a run stays until an
+# upload is known to have replaced it (`confirmed`). Returns the note that stood before, an empty string, or 'lost'.
+NOTE_ARTIFACT = """
+local job = KEYS[1]
+local lease, artifact, confirmed = ARGV[1], ARGV[2], ARGV[3] == '1'
+if redis.call('HGET', job, 'lease') ~= lease then return 'lost' end
+local before = redis.call('HGET', job, 'artifact')
+if confirmed or not before then redis.call('HSET', job, 'artifact', artifact) end
+return before or ''
+"""

@@ -1,0 +1,189 @@
+"""The backend's end of the queue protocol: submit, look, cancel, wait. Its scripts are in `producer.scripts`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+
+from producer import scripts
+from schemas.events import CancelledEvent
+from schemas.keys import CANCEL_TTL_SECONDS, CONSUMER_GROUP, JobState, Keys, Priority
+from schemas.requests import GenerationRequest
+
+_SOCKET_TIMEOUT_S = 5.0
+
+
+def connect(url: str) -> Redis:
+    """A client in bytes that repeats a command whose connection was lost."""
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3)
+    return Redis.from_url(url, retry=retry, socket_timeout=_SOCKET_TIMEOUT_S, health_check_interval=15)
+
+
+def connect_for_blocking_reads(url: str, *, block_s: float) -> Redis:
+    """A client for blocking reads: it waits longer than it blocks, and leaves repeating to its caller."""
+    return Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=block_s + _SOCKET_TIMEOUT_S)
+
+
+class Submitted(NamedTuple):
+    """Answer of SUBMIT. `verdict`: accepted, same, conflict, refused, full. `run`: its number, or the depth if full."""
+
+    verdict: str
+    run: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job's hash. Times are milliseconds of the server's clock; `event` is the run's terminal event, as published."""
+
+    job_id: str
+    state: JobState
+    run: int
+    attempt: int
+    priority: Priority
+    entry_id: str
+    consumer: str | None
+    payload: bytes
+    submitted_at_ms: int
+    ended_at_ms: int | None
+    event: bytes | None
+
+
+class StreamEntry(NamedTuple):
+    """An entry of the completions, the dead letters or a progress stream."""
+
+    entry_id: str
+    fields: Mapping[bytes, bytes]
+
+
+class ProducerQueue:
+    """Submits, looks, cancels, waits. Every method may raise redis.RedisError; what it did is safe to do again."""
+
+    def __init__(self, redis: Redis, keys: Keys, *, max_queue: int, job_ttl_s: float) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._max_queue = max_queue
+        self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
+        self._submit = redis.register_script(scripts.SUBMIT)
+        self._cancel_waiting = redis.register_script(scripts.CANCEL_WAITING)
+
+    async def submit(
+        self, requests: Sequence[GenerationRequest], *, run: int = 1, priority: Priority, traceparent: str | None = None
+    ) -> list[Submitted]:
+        """Submits each request atomically, all of them in one round trip."""
+        pipe = self._redis.pipeline(transaction=False)
+        keys = self._keys
+        for request in requests:
+            job_id = request.job_id
+            names = [
+                keys.job(job_id),
+                keys.requests(priority),
+                keys.delayed,
+                keys.cancel(job_id),
+                keys.progress(job_id),
+            ]
+            args: list[Any] = [
+                job_id,
+                run,
+                request.encode(),
+                request.fingerprint(),
+                priority,
+                traceparent or "",
+                self._max_queue,
+            ]
+            await self._submit(keys=names + keys.request_streams, args=args, client=pipe)
+        replies: list[Any] = await pipe.execute()
+        return [Submitted(verdict.decode(), int(number), state.decode()) for verdict, number, state in replies]
+
+    async def job(self, job_id: str) -> JobRecord | None:
+        """What is known of a job, None if nothing (never seen, or expired)."""
+        raw: dict[Any, Any] = await self._redis.hgetall(self._keys.job(job_id))
+        if b"state" not in raw:
+            return None
+        return JobRecord(
+            job_id=job_id,
+            state=JobState(raw[b"state"].decode()),
+            run=int(raw[b"run"]),
+            attempt=int(raw[b"attempt"]),
+            priority=Priority(raw[b"priority"].decode()),
+            entry_id=raw[b"entry_id"].decode(),
+            consumer=raw.get(b"consumer", b"").decode() or None,
+            payload=raw[b"payload"],
+            submitted_at_ms=int(raw[b"submitted_at"]),
+            ended_at_ms=int(raw[b"ended_at"]) if b"ended_at" in raw else None,
+            event=raw.get(b"event"),
+        )
+
+    async def cancel_waiting(self, job: JobRecord, event: CancelledEvent, payload: bytes) -> bool:
+        """Ends a queued or delayed run if it is still where `job` says. `payload` is what is kept: no signatures."""
+        keys, job_id = self._keys, job.job_id
+        reply = await self._cancel_waiting(
+            keys=[
+                keys.requests(job.priority),
+                keys.job(job_id),
+                keys.cancel(job_id),
+                keys.progress(job_id),
+                keys.completions,
+                keys.delayed,
+            ],
+            args=[
+                *(CONSUMER_GROUP, job.entry_id, job.run, job.state, job.attempt),
+                *(job_id, event.type, event.encode(), payload, self._job_ttl_ms),
+            ],
+        )
+        return bool(reply == b"ended")
+
+    async def ask_to_cancel(self, job_id: str) -> None:
+        """Asks whichever consumer has, or will have, the job to cancel it."""
+        await self._redis.set(self._keys.cancel(job_id), 1, ex=CANCEL_TTL_SECONDS)
+
+    async def progress(self, reader: Redis, job_id: str, after: str, block_ms: int) -> list[StreamEntry]:
+        """Progress entries, and a copy of the terminal event, after an entry id (`0-0`: all)."""
+        reply: Any = await reader.xread({self._keys.progress(job_id): after}, block=block_ms)
+        pairs = reply.items() if isinstance(reply, dict) else reply or []
+        return [StreamEntry(entry_id.decode(), fields) for _, entries in pairs for entry_id, fields in entries]
+
+    async def dead_letters(self, after: str = "-", count: int = 1000) -> list[StreamEntry]:
+        """Dead letters in order of death, beginning behind the entry id `after` (`-`: with the first)."""
+        start = after if after == "-" else f"({after}"
+        reply: Any = await self._redis.xrange(self._keys.dead, min=start, count=count)
+        return [StreamEntry(entry_id.decode(), fields) for entry_id, fields in reply]
+
+    async def dead_letter(self, entry_id: str) -> StreamEntry | None:
+        """One dead letter by its entry id."""
+        reply: Any = await self._redis.xrange(self._keys.dead, min=entry_id, max=entry_id)
+        return StreamEntry(entry_id, reply[0][1]) if reply else None
+
+    async def drop_dead_letter(self, entry_id: str) -> bool:
+        """Removes a dead letter; whether it was there."""
+        return bool(await self._redis.xdel(self._keys.dead, entry_id))
+
+    async def stats(self) -> dict[str, Any]:
+        """Depths and counters, as read in one transaction, and the consumers that live."""
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=True)
+        for stream in keys.request_streams:
+            pipe.xlen(stream)
+        pipe.zcard(keys.delayed)
+        pipe.xlen(keys.completions)
+        pipe.xlen(keys.dead)
+        pipe.hgetall(keys.counters)
+        pipe.zrange(keys.consumers, 0, -1, withscores=True)
+        *depths, delayed, completions, dead, counters, consumers = await pipe.execute()
+        return {
+            "waiting": dict(zip((str(priority) for priority in Priority), depths, strict=True)),
+            "delayed": delayed,
+            "completions": completions,
+            "dead": dead,
+            "counters": {name.decode(): int(value) for name, value in counters.items()},
+            "consumers": [await self._consumer(name.decode(), int(seen_ms)) for name, seen_ms in consumers],
+        }
+
+    async def _consumer(self, name: str, seen_ms: int) -> dict[str, Any]:
+        raw: dict[Any, Any] = await self._redis.hgetall(self._keys.consumer(name))
+        record = {key.decode(): value.decode() for key, value in raw.items()}
+        return {"name": name, "last_heartbeat_ms": seen_ms, **record}
