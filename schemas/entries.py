@@ -1,5 +1,6 @@
 """An entry of a request stream: the envelope around a request, decoded without ever raising."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from schemas.errors import ErrorCode
 from schemas.requests import GenerationRequest, RequestError, decode_request, is_job_id
 
 MAX_RUN = 2**31 - 1
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # https://www.w3.org/TR/trace-context/
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ def encode_entry(request: GenerationRequest, run: int = 1, traceparent: str | No
 def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
     """Reads the fields of a stream entry, whatever is in them."""
     raw = fields.get(b"payload", b"")
-    traceparent = fields.get(b"traceparent", b"").decode("ascii", "replace") or None
+    traceparent = _traceparent(fields.get(b"traceparent", b""))
     named = _job_id(fields.get(b"job_id"))
     run = _run(fields.get(b"run"))
     try:
@@ -57,6 +59,11 @@ def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
 def _job_id(value: bytes | str | None) -> str | None:
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     return text if is_job_id(text) else None
+
+
+def _traceparent(value: bytes) -> str | None:
+    # As the standard has it, a broken one is ignored: a trace is no reason to refuse a job.
+    return value.decode() if _TRACEPARENT.fullmatch(value) else None
 
 
 def _run(value: bytes | None) -> int | None:

@@ -10,30 +10,38 @@ from urllib.parse import urlsplit, urlunsplit
 
 REDACTED = "[redacted]"
 
-# In JSON text a slash may be written \/, so the separator allows for backslashes.
-_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*:(?:\\*/){2})(?P<rest>[^\s\"'<>`]*)", re.IGNORECASE)
-_USERINFO = re.compile(r"^[^/?#\\]*@")
-_QUERY_AND_FRAGMENT = re.compile(r"[?#].*$", re.DOTALL)
-# A signed query that something has cut off its URL, and credentials written as key=value or as a header.
-_LOOSE_SECRET = re.compile(
-    r"(?P<name>x-amz-(?:signature|credential|security-token)|(?<![a-z])(?:signature|awsaccesskeyid|token|password|secret)"
-    r"|authorization)(?P<sep>[\"']?\s*(?:=|:|%3d)\s*[\"']?)(?:(?:bearer|basic)\s+)?[^\s\"'&,;}]+",
-    re.IGNORECASE,
+# ASCII, since `redact_bytes` looks at UTF-8 one byte at a time: 0x85 and 0xA0 are no spaces there.
+_FLAGS = re.IGNORECASE | re.ASCII
+# In JSON text a slash may be written \/, so the separator allows for backslashes. The scheme's length is bounded: a
+# search for one in a long word would else begin anew at each of its letters.
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}:(?:\\*/){2}[^\s\"'<>`]*", _FLAGS)
+_USERINFO = re.compile(r"(:(?:\\*/){2})[^/\\]*@")
+_QUERY_AND_FRAGMENT = re.compile(r"[?#].*", re.DOTALL)
+
+_NAMES = (
+    r"(?:signature|credential|awsaccesskeyid|(?:secret|access)(?:[_-]?access)?[_-]?key(?:[_-]?id)?"
+    r"|token|passw(?:or)?d|secret|authorization)"
 )
-
-
-def _clean_url(match: re.Match[str]) -> str:
-    return match["scheme"] + _QUERY_AND_FRAGMENT.sub("", _USERINFO.sub("", match["rest"]))
+# A signed query that something has cut off its URL, and credentials written as key=value, in JSON or as a header.
+_NAMED_SECRET = re.compile(
+    rf"(?P<head>{_NAMES}(?:\\*[\"'])?\s*(?:[=:]|%(?:25)*3d|\\+u003d)\s*)"
+    r"(?:(?P<quote>\\*[\"'])(?:(?!(?P=quote))[^\n])+|(?:(?:bearer|basic)\s+)?(?:[^\s\"'&,;}\\]|\\(?![\"']))+)",
+    _FLAGS,
+)
+# Credentials that are known without a name: a bearer token, a webhook secret.
+_BARE_SECRET = re.compile(r"(?P<head>\bbearer\s+|whsec_)[A-Za-z0-9._~+/=-]{8,}", _FLAGS)
+_NAME = re.compile(rf"(?:.*[^a-z])?{_NAMES}", _FLAGS)
 
 
 def redact_text(text: str) -> str:
-    """Returns `text` with the query, fragment and userinfo of every URL removed, and loose secrets replaced."""
-    text = _URL.sub(_clean_url, text)
-    return _LOOSE_SECRET.sub(lambda match: f"{match['name']}{match['sep']}{REDACTED}", text)
+    """Returns `text` with the query, fragment and userinfo of every URL removed, and other secrets replaced."""
+    text = _URL.sub(lambda match: _USERINFO.sub(r"\1", _QUERY_AND_FRAGMENT.sub("", match[0])), text)
+    text = _NAMED_SECRET.sub(lambda match: f"{match['head']}{match['quote'] or ''}{REDACTED}", text)
+    return _BARE_SECRET.sub(lambda match: f"{match['head']}{REDACTED}", text)
 
 
 def redact_bytes(raw: bytes) -> bytes:
-    """`redact_text` for bytes in any encoding: bytes that are not ASCII come back as they were."""
+    """`redact_text` for bytes in any encoding that extends ASCII: other bytes come back as they were."""
     return redact_text(raw.decode("latin-1")).encode("latin-1")
 
 
@@ -45,13 +53,17 @@ def redact_value(value: Any) -> Any:
         case bytes():
             return redact_bytes(value)
         case dict():
-            return {key: redact_value(item) for key, item in value.items()}
+            return {key: REDACTED if _is_secret(key, item) else redact_value(item) for key, item in value.items()}
         case list() | tuple():
             return [redact_value(item) for item in value]
         case BaseException():
             return redact_text(f"{type(value).__name__}: {value}")
         case _:
             return value
+
+
+def _is_secret(key: Any, item: Any) -> bool:
+    return isinstance(key, str) and isinstance(item, str | bytes) and _NAME.fullmatch(key) is not None
 
 
 def without_query(url: str) -> str:

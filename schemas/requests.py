@@ -35,8 +35,9 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 _PROMPT_ERROR = "invalid_prompt"
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE)
-_URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE)  # printable ASCII without the backslash
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE | re.ASCII)  # printable, without the backslash
+_FIELD_NAME = re.compile(r"[A-Za-z_]{1,32}[0-9]{0,3}")
 
 
 class RequestError(ValueError):
@@ -55,7 +56,7 @@ class RequestError(ValueError):
         """One sentence and a list from pydantic's report; INVALID_PROMPT only where nothing else is wrong."""
         reports = error.errors(include_url=False, include_context=False, include_input=False)
         problems = [
-            {"field": ".".join(str(part) for part in report["loc"])[:80] or "request", "problem": report["msg"]}
+            {"field": ".".join(map(_shown, report["loc"])) or "request", "problem": report["msg"]}
             for report in reports[:20]
         ]
         only_prompt = all(report["type"] == _PROMPT_ERROR for report in reports)
@@ -68,13 +69,20 @@ def is_job_id(value: object) -> bool:
     return isinstance(value, str) and _JOB_ID.fullmatch(value) is not None
 
 
+def _shown(part: int | str) -> str:
+    # An unknown field is named to whoever mistyped it, unless its name looks like anything but a name.
+    return str(part) if isinstance(part, int) or _FIELD_NAME.fullmatch(part) else "?"
+
+
 def _refuse(kind: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(kind, message)
 
 
-def _check_no_nul(value: str) -> str:
+def _check_storable(value: str) -> str:
     if "\0" in value:
         raise _refuse("nul", "has a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _refuse("surrogate", "has a lone surrogate")
     return value
 
 
@@ -133,11 +141,14 @@ def _read_rfc3339(value: object) -> object:
 
 
 def _in_utc(value: datetime) -> datetime:
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise _refuse("time", "is out of range") from None
 
 
 Time = Annotated[AwareDatetime, BeforeValidator(_read_rfc3339), AfterValidator(_in_utc)]
-Text = Annotated[str, AfterValidator(_check_no_nul)]
+Text = Annotated[str, AfterValidator(_check_storable)]
 Url = Annotated[str, AfterValidator(_check_url)]
 ObjectKey = Annotated[str, Field(min_length=1), AfterValidator(_check_object_key)]
 Scale = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -194,7 +205,7 @@ class GenerationRequest(_Wire):
     lora_scale: Scale = 1.0
     lora_version: Text | None = None
     lora_sha256: Sha256 | None = None
-    loras: Annotated[tuple[LoraRef, ...], Field(max_length=MAX_LORAS)] = ()
+    loras: Annotated[tuple[LoraRef, ...], Field(max_length=MAX_LORAS, strict=False)] = ()
     width: Side = 1024
     height: Side = 1024
     steps: Annotated[int, Field(ge=20, le=50)] = 28
@@ -211,8 +222,12 @@ class GenerationRequest(_Wire):
     @field_validator("metadata")
     @classmethod
     def _check_metadata(cls, metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        try:
+            strict_json.check(metadata, strict_json.MAX_DEPTH - 1)
+        except strict_json.StrictJsonError as error:
+            raise _refuse("metadata", str(error)) from None
         text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
-        if len(text.encode("utf-8", "surrogatepass")) > MAX_METADATA_BYTES:
+        if len(text.encode()) > MAX_METADATA_BYTES:
             raise _refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
         if "\\u0000" in text.replace("\\\\", ""):
             raise _refuse("metadata", "has a NUL character")

@@ -1,9 +1,11 @@
 """JSON as the contract means it: what `json` and pydantic let pass in silence is refused here.
 
-Duplicate keys (pydantic keeps the last), NaN and Infinity, lone surrogates (not encodable as UTF-8), deep nesting.
+Duplicate keys (pydantic keeps the last), NaN, Infinity and numbers that overflow to it, lone surrogates (not encodable
+as UTF-8), deep nesting.
 """
 
 import json
+import math
 from typing import Any
 
 MAX_DEPTH = 64
@@ -32,7 +34,7 @@ def loads(raw: bytes) -> Any:
         raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:
         raise StrictJsonError("a number has too many digits") from None
-    _check(value, MAX_DEPTH)
+    check(value)
     return value
 
 
@@ -64,17 +66,24 @@ def _refuse_constant(name: str) -> Any:
     raise StrictJsonError(f"{name} is not JSON")
 
 
-def _check(value: Any, depth_left: int) -> None:
+def check(value: Any, depth_left: int = MAX_DEPTH) -> None:
+    """Refuses what cannot travel in a JSON value: it holds at most `depth_left` levels of objects and arrays.
+
+    Raises StrictJsonError.
+    """
     if depth_left < 0:
         raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels")
     match value:
         case str():
             if any("\ud800" <= character <= "\udfff" for character in value):
                 raise StrictJsonError("a string has a lone surrogate")
+        case float():
+            if not math.isfinite(value):
+                raise StrictJsonError("a number is out of range")
         case dict():
             for key, item in value.items():
-                _check(key, depth_left)
-                _check(item, depth_left - 1)
+                check(key, depth_left)
+                check(item, depth_left - 1)
         case list():
             for item in value:
-                _check(item, depth_left - 1)
+                check(item, depth_left - 1)

@@ -35,6 +35,7 @@ class Intake:
         self._turn = 0
         self._cursors = dict.fromkeys(keys.request_streams, "0-0")
         self._promote = redis.register_script(scripts.PROMOTE)
+        self._reclaim = redis.register_script(scripts.RECLAIM)
 
     async def ensure_groups(self) -> None:
         """Creates the consumer group on every request stream, from its first entry on."""
@@ -66,13 +67,16 @@ class Intake:
     async def reclaim(self, held: Collection[str]) -> list[Delivery]:
         """At most one entry whose owner has let its lease run out, or has handed it back."""
         for stream in self._order():
-            reply: Any = await self._redis.xautoclaim(
-                stream, CONSUMER_GROUP, self._name, self._lease_ms, start_id=self._cursors[stream], count=1
-            )
-            self._cursors[stream], claimed = reply[0].decode(), reply[1]
-            found = [item for item in await self._deliveries(stream, claimed) if item.entry_id not in held]
-            if found:
-                return found
+            args = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
+            try:
+                cursor, *claimed = await self._reclaim(keys=[stream], args=args)
+            except ResponseError as error:
+                await self._expect_missing_group(error)
+                continue
+            self._cursors[stream] = cursor.decode()
+            if claimed and claimed[0].decode() not in held:
+                entry_id, pairs = claimed
+                return [Delivery(stream, entry_id.decode(), dict(zip(pairs[::2], pairs[1::2], strict=True)))]
         return []
 
     async def promote(self, limit: int = 100) -> int:
@@ -99,16 +103,19 @@ class Intake:
                 CONSUMER_GROUP, self._name, dict(streams.items()), count=count, block=block_ms
             )
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
-                raise
-            # A flush or a failover took the group. What the streams hold now is delivered from the first entry on.
-            log.warning("queue.group_missing", group=CONSUMER_GROUP)
-            await self.ensure_groups()
+            await self._expect_missing_group(error)
             return []
         found: list[Delivery] = []
         for stream, entries in reply.items() if isinstance(reply, dict) else reply or []:
             found += await self._deliveries(stream.decode(), entries)
         return found
+
+    async def _expect_missing_group(self, error: ResponseError) -> None:
+        """A flush or a failover took the group: what the streams hold now is delivered from the first entry on."""
+        if "NOGROUP" not in str(error):
+            raise error
+        log.warning("queue.group_missing", group=CONSUMER_GROUP)
+        await self.ensure_groups()
 
     async def _deliveries(self, stream: str, entries: Iterable[Any]) -> list[Delivery]:
         found = []

@@ -178,6 +178,19 @@ return 'ok'
 """
 )
 
+# Claims one entry whose lease has run out. Returns the cursor to go on from, and the entry's id and fields if there is
+# one. Entries that were deleted under their owner are acknowledged: Redis 6.2 would keep them pending for ever.
+RECLAIM = """
+local stream, group, consumer, min_idle_ms, cursor = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local reply = redis.call('XAUTOCLAIM', stream, group, consumer, min_idle_ms, cursor, 'COUNT', 1, 'JUSTID')
+local entry_id = reply[2][1]
+if not entry_id then return {reply[1]} end
+local entry = redis.call('XRANGE', stream, entry_id, entry_id)[1]
+if entry then return {reply[1], entry_id, entry[2]} end
+redis.call('XACK', stream, group, entry_id)
+return {reply[1]}
+"""
+
 # Moves one delayed job that is due back to its stream. A job whose cancellation was asked for keeps `delayed` as its
 # state, so that its event can say where it was.
 PROMOTE = (

@@ -1,0 +1,45 @@
+"""Living through a Redis that is away: a step of the protocol is repeated until it is answered."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+from redis.exceptions import (
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+_MAX_DELAY_S = 2.0
+_PASSING_REFUSALS = (ReadOnlyError, OutOfMemoryError, NoPermissionError)
+
+
+def is_passing(error: RedisError) -> bool:
+    """Whether the same command can succeed later: Redis is away, loading, read-only, full or being reconfigured."""
+    return not isinstance(error, ResponseError) or isinstance(error, _PASSING_REFUSALS)
+
+
+async def until_answered(step: Callable[[], Awaitable[T]], *, what: str) -> T:
+    """Awaits `step()`, again and again while Redis is out of reach.
+
+    There is no limit: a result that is made is worth keeping, and if the lease is lost meanwhile the answer says so.
+    Raises the RedisError that repeating cannot cure.
+    """
+    failures = 0
+    while True:
+        try:
+            return await step()
+        except RedisError as error:
+            if not is_passing(error):
+                raise
+            failures += 1
+            delay_s = random.uniform(0.5, 1.0) * min(_MAX_DELAY_S, 0.1 * 2**failures)  # noqa: S311
+            log.warning("redis.out_of_reach", step=what, error=type(error).__name__, failures=failures)
+            await asyncio.sleep(delay_s)

@@ -1,0 +1,214 @@
+"""One job's way through this consumer: prepare, generate, deliver.
+
+The stages of different jobs overlap: while one denoises, the next one's LoRA is fetched and the last one's PNG is
+uploaded. Only `generate` needs the GPU, and only one job has it at a time.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+from redis.exceptions import RedisError
+
+from consumer.artifacts import Artifacts
+from consumer.attempt import Attempt
+from consumer.engine import Engine, GeneratedImage, LoraFile, PreparedLoras
+from consumer.images import encode_png
+from consumer.keeper import heed
+from consumer.outage import until_answered
+from consumer.queue import Held, Leases
+from consumer.storage import StoredArtifact
+from schemas import events
+from schemas.events import GenerationMetadata, ModelInfo, StartedData, SucceededData, Timings
+from schemas.requests import LoraRef
+
+log = structlog.get_logger(__name__)
+
+
+class Fetcher(Protocol):
+    """Brings a LoRA's file onto this machine; it stays readable inside the context."""
+
+    def fetch(self, ref: LoraRef) -> AbstractAsyncContextManager[Path]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What leaves the GPU, with the seconds that it took: `prepare_s` before, `gpu_s` on it."""
+
+    image: GeneratedImage
+    prepare_s: float
+    queued_s: float
+    gpu_s: float
+
+
+class Stages:
+    """The stages of every job of one consumer, around its one GPU."""
+
+    def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Artifacts, leases: Leases, consumer: str) -> None:
+        self._engine = engine
+        self._fetcher = fetcher
+        self._artifacts = artifacts
+        self._leases = leases
+        self._consumer = consumer
+        self._gpu = asyncio.Lock()
+        self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="gpu")
+
+    async def generate(self, attempt: Attempt) -> Generated:
+        """Prepares the job, waits for the GPU, and draws.
+
+        Raises a WorkerError, or whatever the attempt was stopped with.
+        """
+        async with AsyncExitStack() as files:
+            with attempt.working():
+                loras = await attempt.guard(self._prepare(attempt, files))
+            prepare_s = attempt.worked_s
+            await attempt.guard(self._gpu.acquire())
+            queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
+            started = asyncio.create_task(self._publish_started(attempt, queued_s))
+            try:
+                with attempt.working():
+                    image = await self._draw(attempt, loras)
+            finally:
+                self._gpu.release()
+                await started  # behind the GPU's back, and before the run can end
+            return Generated(image, prepare_s, queued_s, gpu_s=attempt.worked_s - prepare_s)
+
+    async def deliver(self, attempt: Attempt, generated: Generated) -> SucceededData:
+        """Encodes and stores the picture, and says what there is to say of it."""
+        attempt.stage = "delivering"
+        image, request = generated.image, attempt.request
+        model_info = _model_info(self._engine.base_model, attempt, image)
+        with attempt.working():
+            started = time.perf_counter()
+            png = await attempt.guard(asyncio.to_thread(encode_png, image.pixels, request, model_info))
+            encoded = time.perf_counter()
+            stored = await attempt.guard(self._artifacts.store(attempt, png))
+            uploaded = time.perf_counter()
+        timings = Timings(
+            queued=round(generated.queued_s, 4),
+            prepare=round(generated.prepare_s, 4),
+            generate=round(generated.gpu_s, 4),
+            encode=round(encoded - started, 4),
+            upload=round(uploaded - encoded, 4),
+            total=round(attempt.waited_before_begin_s + attempt.since_begin_s, 4),
+        )
+        return self._succeeded(attempt, generated, model_info, stored, timings)
+
+    async def _prepare(self, attempt: Attempt, files: AsyncExitStack) -> PreparedLoras:
+        self._artifacts.check(attempt)
+        loras = [
+            LoraFile(await files.enter_async_context(self._fetcher.fetch(ref)), ref)
+            for ref in attempt.request.lora_refs
+        ]
+        return await asyncio.to_thread(self._engine.prepare, loras)
+
+    async def _draw(self, attempt: Attempt, loras: PreparedLoras) -> GeneratedImage:
+        attempt.stage = "running"
+        attempt.check()
+        loop = asyncio.get_running_loop()
+        progress = _Progress(attempt, self._leases)
+        writer = asyncio.create_task(progress.write())
+
+        def on_step(step: int, total: int) -> None:
+            loop.call_soon_threadsafe(progress.note, step, total)
+            attempt.check()
+
+        try:
+            # Never cancelled from outside: a thread cannot be. The step callback ends it.
+            return await loop.run_in_executor(self._gpu_thread, self._engine.generate, attempt.request, loras, on_step)
+        finally:
+            writer.cancel()
+            await asyncio.wait({writer})
+
+    async def _publish_started(self, attempt: Attempt, queued_s: float) -> None:
+        data = StartedData(
+            job_id=attempt.lease.job_id,
+            run=attempt.run,
+            attempt=attempt.begun.attempt,
+            consumer=self._consumer,
+            request_metadata=attempt.request.metadata,
+            queued=round(queued_s, 4),
+        )
+        event = events.started(data, datetime.now(UTC))
+        heed(attempt, await until_answered(lambda: self._leases.start(attempt.lease, event), what="start"))
+
+    def _succeeded(
+        self,
+        attempt: Attempt,
+        generated: Generated,
+        model_info: ModelInfo,
+        stored: StoredArtifact,
+        timings: Timings,
+    ) -> SucceededData:
+        request = attempt.request
+        image_url, image_key = self._artifacts.address(request)
+        height, width, _ = generated.image.pixels.shape
+        return SucceededData(
+            job_id=request.job_id,
+            run=attempt.run,
+            attempt=attempt.begun.attempt,
+            consumer=self._consumer,
+            request_metadata=request.metadata,
+            image_url=image_url,
+            image_key=image_key,
+            image_sha256=stored.sha256,
+            image_bytes=stored.size,
+            image_size=(width, height),
+            generation_time_seconds=round(generated.image.seconds, 4),
+            model_info=model_info,
+            metadata=GenerationMetadata(seed_used=stored.seed, actual_steps=request.steps, actual_cfg=request.cfg),
+            timings=timings,
+            gpu=self._engine.gpu,
+            gpu_seconds=round(generated.gpu_s, 4),
+            warnings=generated.image.warnings,
+        )
+
+
+class _Progress:
+    """Writes the newest step to Redis as fast as Redis takes them; what it cannot write in time is skipped."""
+
+    def __init__(self, attempt: Attempt, leases: Leases, clock: Callable[[], float] = time.monotonic) -> None:
+        self._attempt = attempt
+        self._leases = leases
+        self._clock = clock
+        self._started_at = clock()
+        self._latest: tuple[int, int] | None = None
+        self._news = asyncio.Event()
+
+    def note(self, step: int, total: int) -> None:
+        self._latest = (step, total)
+        self._news.set()
+
+    async def write(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._latest is not None:
+                (step, total), self._latest = self._latest, None
+                eta_s = (self._clock() - self._started_at) / step * (total - step)
+                await self._write_one(self._leases.progress(self._attempt.lease, step, total, eta_s))
+
+    async def _write_one(self, step: Coroutine[Any, Any, Held]) -> None:
+        try:
+            heed(self._attempt, await step)
+        except RedisError as error:  # progress is a courtesy: the job goes on without
+            log.debug("progress.not_written", error=type(error).__name__)
+
+
+def _model_info(base_model: str, attempt: Attempt, image: GeneratedImage) -> ModelInfo:
+    refs = attempt.request.lora_refs
+    single = refs[0] if len(refs) == 1 else None
+    return ModelInfo(
+        base_model=base_model,
+        lora_applied=bool(refs),
+        lora_version=single.version if single else None,
+        lora_scale=single.scale if single else None,
+        loras=image.loras,
+    )

@@ -1,0 +1,232 @@
+"""The loop of one consumer: takes entries, sees each of them through, and drains when told to."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from consumer.attempt import Attempt
+from consumer.errors import HandedBack
+from consumer.keeper import Keeper
+from consumer.outage import until_answered
+from consumer.outcomes import Outcomes
+from consumer.queue import Begun, Delivery, Intake, Lease, Leases
+from consumer.settings import ConsumerSettings
+from consumer.stages import Stages
+from schemas.entries import RequestEntry, decode_entry
+from schemas.events import SucceededData
+from schemas.redact import redact_bytes
+
+log = structlog.get_logger(__name__)
+
+_BLOCK_S = 0.5
+_SWEEP_EVERY_S = 0.5
+_ABANDON_AFTER_S = 5.0
+_PARALLEL_DELIVERIES = 2
+
+
+class Worker:
+    """One consumer. At most 1 + prefetch jobs are in preparation or on the GPU; finished pictures are stored behind."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        leases: Leases,
+        keeper: Keeper,
+        stages: Stages,
+        outcomes: Outcomes,
+        settings: ConsumerSettings,
+    ) -> None:
+        self._intake = intake
+        self._leases = leases
+        self._keeper = keeper
+        self._stages = stages
+        self._outcomes = outcomes
+        self._settings = settings
+        self._slots = asyncio.Semaphore(1 + settings.prefetch)
+        self._deliveries = asyncio.Semaphore(_PARALLEL_DELIVERIES)
+        self._backlog: deque[Delivery] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._abort = asyncio.Event()
+        self._swept_at = 0.0
+        self._reread = True
+
+    def request_stop(self) -> None:
+        """Begins to drain; the second time, hands everything back at once. A signal handler of the loop."""
+        if self._stop.is_set():
+            self._abort.set()
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Works until told to stop, or until idle for as long as the settings say; then drains."""
+        keeping = asyncio.create_task(self._keeper.run())
+        try:
+            if await self._before_stop(until_answered(self._intake.ensure_groups, what="ensure_groups")):
+                await self._take()
+            await self._drain()
+        finally:
+            keeping.cancel()
+
+    async def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        busy_at = loop.time()
+        while await self._before_stop(self._slots.acquire()):
+            delivery = await self._next()
+            if delivery is not None:
+                task = asyncio.create_task(self._handle(delivery))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                continue
+            self._slots.release()
+            if self._tasks:
+                busy_at = loop.time()
+            elif 0 < self._settings.idle_exit_s <= loop.time() - busy_at:
+                log.info("consumer.idle", seconds=self._settings.idle_exit_s)
+                return
+
+    async def _before_stop(self, wait: Coroutine[Any, Any, object]) -> bool:
+        """Awaits `wait`; False when told to stop first, and then it is cancelled."""
+        waiting: set[asyncio.Task[object]] = {asyncio.create_task(wait), asyncio.create_task(self._stop.wait())}
+        _, unfinished = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in unfinished:
+            task.cancel()
+        return not self._stop.is_set()
+
+    async def _next(self) -> Delivery | None:
+        """One entry to handle, or None after a short wait."""
+        try:
+            if not self._backlog:
+                self._backlog.extend(await self._more())
+        except RedisError as error:
+            log.warning("redis.out_of_reach", step="read", error=type(error).__name__)
+            self._reread = True  # the reply that was lost may have carried an entry
+            await asyncio.sleep(_BLOCK_S)
+        for delivery in self._backlog:
+            self._keeper.leases_held.setdefault(delivery.entry_id, Lease(delivery))
+        return self._backlog.popleft() if self._backlog else None
+
+    async def _more(self) -> list[Delivery]:
+        held = self._keeper.leases_held
+        if self._reread:
+            unseen = await self._intake.unseen(held)
+            self._reread = False
+            if unseen:
+                return unseen
+        now = asyncio.get_running_loop().time()
+        if now - self._swept_at >= _SWEEP_EVERY_S:
+            await self._intake.promote()
+            reclaimed = await self._intake.reclaim(held)
+            if reclaimed:  # where one was left there may be more: look again next time
+                log.info("queue.reclaimed", entry_id=reclaimed[0].entry_id)
+                return reclaimed
+            self._swept_at = now
+        return await self._intake.read(block_ms=int(_BLOCK_S * 1000))
+
+    async def _handle(self, delivery: Delivery) -> None:
+        release_slot = _Once(self._slots.release)
+        try:
+            await self._see_through(delivery, release_slot)
+        except Exception:
+            # Nothing is acknowledged: the lease runs out and the entry is reclaimed, as often as attempts allow.
+            log.exception("delivery.abandoned", entry_id=delivery.entry_id)
+        finally:
+            release_slot()
+            self._keeper.drop(delivery.entry_id)
+
+    async def _see_through(self, delivery: Delivery, release_slot: Callable[[], None]) -> None:
+        entry = decode_entry(delivery.fields)
+        structlog.contextvars.bind_contextvars(entry_id=delivery.entry_id, job_id=entry.job_id)
+        if self._stop.is_set():
+            await until_answered(lambda: self._leases.release(Lease(delivery)), what="release")
+        elif entry.job_id is None:
+            raw = redact_bytes(entry.raw or repr(dict(delivery.fields)).encode())
+            await until_answered(lambda: self._leases.bury(delivery, raw), what="bury")
+            log.warning("entry.buried", error=str(entry.error))
+        else:
+            await self._attempt(self._leases.lease(delivery, entry.job_id), entry, release_slot)
+
+    async def _attempt(self, lease: Lease, entry: RequestEntry, release_slot: Callable[[], None]) -> None:
+        begun = await until_answered(lambda: self._begin(lease, entry), what="begin")
+        log.info("job.begun", verdict=begun.verdict, run=entry.run, attempt=begun.attempt)
+        if begun.verdict in ("lost", "duplicate"):
+            return
+        self._keeper.leases_held[lease.delivery.entry_id] = lease
+        try:
+            data = await self._work(lease, entry, begun, release_slot)
+        except Exception as error:
+            await self._outcomes.end(lease, entry, begun, error)
+        else:
+            await self._outcomes.succeed(lease, entry, data)
+
+    async def _begin(self, lease: Lease, entry: RequestEntry) -> Begun:
+        request = entry.request
+        expires_at = request.expires_at if request else None
+        return await self._leases.begin(
+            lease,
+            run=entry.run,
+            payload=entry.raw,
+            fingerprint=request.fingerprint() if request else "",
+            max_attempts=self._settings.max_attempts,
+            expires_at_ms=None if expires_at is None else int(expires_at.timestamp() * 1000),
+            valid=request is not None,
+        )
+
+    async def _work(
+        self, lease: Lease, entry: RequestEntry, begun: Begun, release_slot: Callable[[], None]
+    ) -> SucceededData:
+        if begun.verdict != "ok" or entry.request is None:
+            raise self._outcomes.of_verdict(entry, begun)
+        attempt = Attempt(lease, entry.request, entry.run, begun)
+        self._keeper.attempts[lease.delivery.entry_id] = attempt
+        if self._stop.is_set():
+            attempt.stop(HandedBack())
+        generated = await self._stages.generate(attempt)
+        async with self._deliveries:  # when uploads fall behind, no further job is taken
+            release_slot()
+            return await self._stages.deliver(attempt, generated)
+
+    async def _drain(self) -> None:
+        """Hands back at once what the GPU has not begun; gives what it has begun the time that the settings allow."""
+        self._stop.set()
+        self._keeper.state = "draining"
+        log.info("consumer.draining", jobs=len(self._tasks))
+        for attempt in self._keeper.attempts.values():
+            if attempt.stage == "preparing":
+                attempt.stop(HandedBack())
+        while self._backlog:
+            self._keeper.drop(self._backlog.popleft().entry_id)
+        await self._release_unheld()
+        tasks = asyncio.gather(*self._tasks, return_exceptions=True)
+        abort = asyncio.ensure_future(self._abort.wait())
+        waiting: set[asyncio.Future[Any]] = {tasks, abort}
+        await asyncio.wait(waiting, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        abort.cancel()
+        for attempt in self._keeper.attempts.values():
+            attempt.stop(HandedBack())
+        await asyncio.wait(waiting - {abort}, timeout=_ABANDON_AFTER_S)
+        tasks.cancel()
+        await self._release_unheld()
+
+    async def _release_unheld(self) -> None:
+        """Hands back what is pending under our name and in nobody's hands here, lost deliveries included."""
+        try:
+            for delivery in await self._intake.unseen(self._keeper.leases_held):
+                await self._leases.release(Lease(delivery))
+        except RedisError as error:
+            log.warning("redis.out_of_reach", step="release", error=type(error).__name__)
+
+
+class _Once:
+    """Calls `action` the first time it is called."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+
+    def __call__(self) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()

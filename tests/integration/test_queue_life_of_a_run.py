@@ -1,0 +1,268 @@
+"""The consumer's scripts on a real Redis: begin, start, progress, finish, retry, release."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from queue_kit import (
+    FakeConsumer,
+    a_request,
+    cancelled,
+    completions,
+    failed,
+    job,
+    let_lease_run_out,
+    publish,
+    retrying,
+    started,
+    where_is,
+)
+from redis.asyncio import Redis
+
+from consumer.queue import Held
+from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
+
+
+@pytest.fixture
+def ann(redis: Redis, keys: Keys) -> FakeConsumer:
+    return FakeConsumer(redis, keys, "ann")
+
+
+@pytest.fixture
+def bob(redis: Redis, keys: Keys) -> FakeConsumer:
+    return FakeConsumer(redis, keys, "bob")
+
+
+async def test_a_bare_xadd_becomes_a_job_with_a_hash_when_it_is_begun(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    entry_id = await publish(redis, keys, a_request(), Priority.LOW)
+    lease, begun = await ann.take()
+    assert (begun.verdict, begun.attempt) == ("ok", 1)
+    held = await job(redis, keys)
+    assert held["state"] == "preparing"
+    assert (held["run"], held["attempt"], held["priority"]) == ("1", "1", "low")
+    assert (held["entry_id"], held["consumer"]) == (entry_id, "ann")
+    assert held["submitted_at"] == entry_id.split("-")[0]
+    assert lease.job_id == "job-1"
+
+
+async def test_a_finished_run_leaves_the_stream_and_publishes_one_event(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.leases.start(lease, started(lease)) is Held.OK
+    assert (await job(redis, keys))["state"] == "running"
+    assert await ann.fail(lease, dead=False) == Held.OK
+    assert await redis.xlen(keys.requests(Priority.NORMAL)) == 0
+    assert (await redis.xpending(keys.requests(Priority.NORMAL), CONSUMER_GROUP))["pending"] == 0
+    assert [event["type"] for event in await completions(redis, keys)] == ["generation.started", "generation.failed"]
+    held = await job(redis, keys)
+    assert (held["state"], held["consumer"]) == ("failed", "")
+    assert 0 < await redis.pttl(keys.job("job-1")) <= 60_000
+
+
+async def test_a_finish_that_is_sent_twice_publishes_once(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.fail(lease) == Held.OK
+    assert await ann.fail(lease) == Held.OK
+    assert len(await completions(redis, keys)) == 1
+    assert await redis.xlen(keys.dead) == 1
+
+
+async def test_a_begin_that_is_sent_twice_counts_one_attempt(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    await publish(redis, keys, a_request())
+    delivery = await ann.read_one()
+    lease, first = await ann.begin(delivery)
+    _, again = await ann.begin(delivery, lease)
+    assert (again.verdict, again.attempt) == (first.verdict, first.attempt) == ("ok", 1)
+
+
+async def test_a_start_that_is_sent_twice_publishes_once(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    for _ in range(2):
+        assert await ann.leases.start(lease, started(lease)) is Held.OK
+    assert len(await completions(redis, keys)) == 1
+
+
+async def test_the_terminal_event_is_copied_to_the_jobs_progress(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.leases.progress(lease, 3, 20, 1.5) is Held.OK
+    await ann.fail(lease)
+    [(_, step), (_, event)] = await redis.xrange(keys.progress("job-1"))
+    assert step == {b"step": b"3", b"total": b"20", b"eta_s": b"1.500"}
+    assert event[b"type"] == b"generation.failed"
+    assert event[b"payload"] == failed(lease).encode()
+    assert await redis.ttl(keys.progress("job-1")) > 0
+
+
+async def test_a_consumer_that_lost_its_lease_can_do_nothing(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lost, _ = await ann.take()
+    await let_lease_run_out(redis, keys, lost.delivery, "ann")
+    [delivery] = await bob.intake.reclaim(())
+    # Bob has the entry and has not begun: already nothing of Ann's passes
+    assert await ann.leases.extend(lost) is Held.LOST
+    assert await ann.leases.start(lost, started(lost)) is Held.LOST
+    assert await ann.fail(lost) == Held.LOST
+    owned, begun = await bob.begin(delivery)
+    assert (begun.verdict, begun.attempt, begun.state) == ("ok", 2, JobState.PREPARING)
+    assert await ann.fail(lost) == Held.LOST
+    assert await ann.leases.progress(lost, 1, 20, 0.0) is Held.LOST
+    assert await ann.leases.retry(lost, retrying(lost), 0.1) is Held.LOST
+    assert await ann.leases.release(lost) is Held.LOST
+    assert await ann.leases.note_artifact(lost, b"{}", confirmed=False) is None
+    assert await bob.fail(owned, attempt=2) == Held.OK
+    assert [event["data"]["attempt"] for event in await completions(redis, keys)] == [2]
+
+
+async def test_a_consumer_frozen_beyond_its_lease_is_fenced_from_its_own_second_attempt(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    first, _ = await ann.take()
+    await let_lease_run_out(redis, keys, first.delivery, "ann")
+    [delivery] = await ann.intake.reclaim(())
+    second, begun = await ann.begin(delivery)
+    assert begun.attempt == 2
+    assert await ann.fail(first) == Held.LOST
+    assert await ann.fail(second, attempt=2) == Held.OK
+
+
+async def test_renewal_keeps_an_entry_from_being_reclaimed(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    await let_lease_run_out(redis, keys, lease.delivery, "ann")
+    assert await ann.leases.extend(lease) is Held.OK
+    assert await bob.intake.reclaim(()) == []
+
+
+async def test_a_retried_run_waits_and_comes_back_to_its_own_stream(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request(), Priority.HIGH)
+    lease, _ = await ann.take()
+    for _ in range(2):  # a lost reply: sent again
+        assert await ann.leases.retry(lease, retrying(lease), 0.05) is Held.OK
+    assert await where_is(redis, keys) == ["delayed"]
+    assert await ann.intake.promote() == 0
+    await asyncio.sleep(0.06)
+    assert await ann.intake.promote() == 1
+    assert await ann.intake.promote() == 0
+    assert await where_is(redis, keys) == ["stream"]
+    again, begun = await ann.take()
+    assert (begun.verdict, begun.attempt, begun.state) == ("ok", 2, JobState.QUEUED)
+    assert again.delivery.stream == keys.requests(Priority.HIGH)
+    assert [event["type"] for event in await completions(redis, keys)] == ["generation.retrying"]
+
+
+async def test_a_handed_back_run_keeps_its_place_and_its_attempts(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.leases.release(lease) is Held.OK
+    held = await job(redis, keys)
+    assert (held["state"], held["attempt"], held["consumer"]) == ("queued", "0", "")
+    assert held["handbacks"] == "1"
+    [delivery] = await bob.intake.reclaim(())  # at once: nobody waits for a lease to run out
+    assert delivery.entry_id == lease.delivery.entry_id
+    _, begun = await bob.begin(delivery)
+    assert (begun.verdict, begun.attempt) == ("ok", 1)
+
+
+async def test_a_job_that_kills_its_consumers_ends_without_being_run_again(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, begun = await ann.take()
+    for attempt in (1, 2, 3):
+        assert (begun.verdict, begun.attempt) == ("ok", attempt)
+        await let_lease_run_out(redis, keys, lease.delivery, "ann")
+        [delivery] = await ann.intake.reclaim(())
+        lease, begun = await ann.begin(delivery)
+    assert (begun.verdict, begun.attempt) == ("exhausted", 3)
+    assert (await job(redis, keys))["crashes"] == "3"
+    assert await ann.fail(lease, attempt=3) == Held.OK
+    [(_, letter)] = await redis.xrange(keys.dead)
+    assert (letter[b"job_id"], letter[b"run"], letter[b"attempts"]) == (b"job-1", b"1", b"3")
+    assert letter[b"source"] == keys.requests(Priority.NORMAL).encode()
+    assert set(letter) == {b"job_id", b"run", b"payload", b"event", b"attempts", b"source", b"died_at"}
+
+
+async def test_a_request_that_expired_before_its_first_attempt_is_not_begun(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request(expires_at=datetime.now(UTC) - timedelta(seconds=5)))
+    _, begun = await ann.take()
+    assert (begun.verdict, begun.attempt) == ("expired", 0)
+
+
+async def test_a_request_that_expires_after_its_first_attempt_goes_on(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request(expires_at=datetime.now(UTC) + timedelta(milliseconds=80)))
+    lease, begun = await ann.take()
+    assert begun.verdict == "ok"
+    await ann.leases.retry(lease, retrying(lease), 0.1)
+    await asyncio.sleep(0.12)
+    await ann.intake.promote()
+    _, begun = await ann.take()
+    assert (begun.verdict, begun.attempt) == ("ok", 2)
+
+
+@pytest.mark.parametrize("stage", ["queued", "delayed"])
+async def test_a_cancelled_job_ends_where_it_is_reached(
+    redis: Redis, keys: Keys, ann: FakeConsumer, stage: str
+) -> None:
+    await publish(redis, keys, a_request())
+    if stage == "delayed":
+        lease, _ = await ann.take()
+        await ann.leases.retry(lease, retrying(lease), 0.0)
+    await redis.set(keys.cancel("job-1"), 1, ex=604800)
+    await asyncio.sleep(0.002)
+    await ann.intake.promote()
+    lease, begun = await ann.take()
+    assert (begun.verdict, begun.state) == ("cancelled", JobState(stage))
+    assert await ann.leases.finish(lease, JobState.CANCELLED, cancelled(lease), b"{}", dead=False) is Held.OK
+    assert await redis.exists(keys.cancel("job-1")) == 0
+
+
+async def test_renewal_start_and_progress_tell_of_a_cancellation(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    await redis.set(keys.cancel("job-1"), 1)
+    assert await ann.leases.extend(lease) is Held.CANCEL
+    assert await ann.leases.start(lease, started(lease)) is Held.CANCEL
+    assert await ann.leases.progress(lease, 1, 20, 0.0) is Held.CANCEL
+
+
+async def test_an_invalid_entry_is_owned_without_counting_an_attempt(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await redis.xadd(keys.requests(Priority.NORMAL), {"payload": '{"job_id":"job-1"}'})
+    lease, begun = await ann.take()
+    assert (begun.verdict, begun.attempt) == ("refused", 0)
+    assert await ann.fail(lease, attempt=0, dead=False) == Held.OK
+    assert await where_is(redis, keys) == ["done"]
+
+
+async def test_an_upload_that_cannot_be_read_back_is_noted_once_for_a_run(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.leases.note_artifact(lease, b"first", confirmed=False) == b""
+    assert await ann.leases.note_artifact(lease, b"second", confirmed=False) == b"first"
+    assert await ann.leases.note_artifact(lease, b"third", confirmed=True) == b"first"
+    assert (await job(redis, keys))["artifact"] == "third"
+    await ann.fail(lease)
+    assert "artifact" not in await job(redis, keys)
