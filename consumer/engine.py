@@ -1,35 +1,24 @@
-"""Draws pictures: the base model, the LoRAs of one job patched into it, and the stock diffusers pipeline around them."""
+"""Draws pictures: the base model with one job's LoRAs patched into it, and the stock diffusers pipeline around it."""
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from consumer.errors import GenerationFailed, GpuOutOfMemory, ModelBroken, WorkerError
 from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import ModelShapes
 from consumer.lora.weights import PatchableWeights
+from consumer.pipeline import Pixels, cut_prompts, decode, describe, load_pipeline, noise, sampler_name
 from schemas.events import AppliedLora
-from schemas.redact import redact_text
 from schemas.requests import GenerationRequest, LoraRef
 
-Pixels = npt.NDArray[np.uint8]
 OnStep = Callable[[int, int], None]
-
-_PATH = re.compile(r"(?<![\w:/.])(?:/[^\s/'\",;:)]+)+")
-_SAMPLERS = {"EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM"}
 
 log = structlog.get_logger(__name__)
 
@@ -52,12 +41,13 @@ class PreparedLoras:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """A picture: uint8 [height, width, 3]. `seconds`: denoising and decoding."""
+    """A picture: uint8 [height, width, 3]. `seconds`: denoising and decoding. `sampler`: the scheduler's usual name."""
 
     pixels: Pixels
     seconds: float
     loras: tuple[AppliedLora, ...] = ()
     warnings: tuple[str, ...] = ()
+    sampler: str = "Euler"
 
 
 class Engine(Protocol):
@@ -68,9 +58,6 @@ class Engine(Protocol):
 
     @property
     def gpu(self) -> str: ...
-
-    @property
-    def sampler(self) -> str: ...
 
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras: ...
 
@@ -90,21 +77,16 @@ class StockEngine:
         self._base_model = base_model
 
     @classmethod
-    def load(
-        cls, model: str, *, vae: str | None = None, device: str, dtype: str, hub_token: str | None = None
-    ) -> Self:
+    def load(cls, model: str, *, vae: str | None = None, device: str, dtype: str, hub_token: str | None = None) -> Self:
         """Loads a diffusers folder or hub id, safetensors only; on a GPU its `fp16` variant where there is one.
 
         `dtype`: float16, bfloat16 or float32. Raises ModelBroken.
         """
-        for logging in (diffusers_logging, transformers_logging):
-            logging.set_verbosity_error()  # their warnings quote prompts
-            logging.disable_progress_bar()
         try:
-            pipeline = _load_pipeline(model, vae, torch.device(device), getattr(torch, dtype), hub_token)
+            pipeline = load_pipeline(model, vae, torch.device(device), getattr(torch, dtype), hub_token)
             return cls(pipeline, Path(model).resolve().name if Path(model).exists() else model)
         except Exception as error:
-            raise ModelBroken(f"The model cannot be loaded: {_describe(error)}") from error
+            raise ModelBroken(f"The model cannot be loaded: {describe(error)}") from error
 
     @property
     def base_model(self) -> str:
@@ -115,12 +97,6 @@ class StockEngine:
     def gpu(self) -> str:
         """The device's name, or `cpu`."""
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
-
-    @property
-    def sampler(self) -> str:
-        """The scheduler's usual name."""
-        scheduler = type(self._pipeline.scheduler).__name__
-        return _SAMPLERS.get(scheduler, scheduler)
 
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
         """Reads and checks LoRA files; never touches the model.
@@ -154,15 +130,20 @@ class StockEngine:
         try:
             self._weights.patch([(parsed.deltas, applied.scale) for parsed, applied in loras.loras])
             pixels, seconds = self._draw(request, callback)
-            warnings = (*self._cut_prompts(request), *loras.warnings)
-            return GeneratedImage(pixels, seconds, tuple(applied for _, applied in loras.loras), warnings)
+            return GeneratedImage(
+                pixels,
+                seconds,
+                loras=tuple(applied for _, applied in loras.loras),
+                warnings=(*cut_prompts(self._pipeline, request), *loras.warnings),
+                sampler=sampler_name(self._pipeline),
+            )
         except torch.OutOfMemoryError:
             failure = GpuOutOfMemory(f"The GPU has not enough memory for {request.width}x{request.height}.")
         except Exception as error:
             if error is callback.raised or isinstance(error, WorkerError):
                 raise
             log.exception("inference_error")
-            failure = GenerationFailed(f"Inference failed: {_describe(error)}")
+            failure = GenerationFailed(f"Inference failed: {describe(error)}")
         # Outside the handlers, whose tracebacks would keep the failed picture's memory.
         self._recover()
         raise failure
@@ -195,7 +176,7 @@ class StockEngine:
             negative_prompt_embeds=negative,
             pooled_prompt_embeds=pooled,
             negative_pooled_prompt_embeds=negative_pooled,
-            latents=self._noise(request),
+            latents=noise(self._pipeline, request),
             width=request.width,
             height=request.height,
             num_inference_steps=request.steps,
@@ -203,35 +184,8 @@ class StockEngine:
             callback_on_step_end=callback,
             output_type="latent",
         ).images
-        pixels = self._decode(latents)
+        pixels = decode(self._pipeline, latents)
         return pixels, time.perf_counter() - started
-
-    def _noise(self, request: GenerationRequest) -> Tensor:
-        factor = self._pipeline.vae_scale_factor
-        channels = self._pipeline.unet.config.in_channels
-        generator = torch.Generator("cpu").manual_seed(request.effective_seed)
-        noise = torch.randn((1, channels, request.height // factor, request.width // factor), generator=generator)
-        return noise.to(self._device, self._pipeline.unet.dtype)
-
-    def _decode(self, latents: Tensor) -> Pixels:
-        image = self._pipeline.vae.decode(_unscale(latents, self._pipeline.vae), return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            raise GenerationFailed("The model drew a NaN image.")
-        picture = self._pipeline.image_processor.postprocess(image, output_type="np")[0]
-        pixels: Pixels = (picture * 255).round().astype(np.uint8)
-        if not pixels.any():
-            raise GenerationFailed("The model drew a black image.")
-        return pixels
-
-    def _cut_prompts(self, request: GenerationRequest) -> list[str]:
-        warnings = []
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-            for tokenizer in (self._pipeline.tokenizer, self._pipeline.tokenizer_2):
-                tokens, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
-                if tokens > limit:
-                    warnings.append(f"{name} has {tokens} tokens and was cut at {limit}")
-                    break
-        return warnings
 
     def _recover(self) -> None:
         try:
@@ -240,7 +194,7 @@ class StockEngine:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         except Exception as error:
-            raise ModelBroken(f"The device is lost: {_describe(error)}") from None
+            raise ModelBroken(f"The device is lost: {describe(error)}") from None
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -261,37 +215,3 @@ class _StepCallback:
             self.raised = error
             raise
         return {}
-
-
-def _load_pipeline(model: str, vae: str | None, device: torch.device, dtype: torch.dtype, token: str | None) -> Any:
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "token": token}
-    parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, **options)}
-    options |= {"add_watermarker": False, **parts}
-    if device.type == "cuda":
-        try:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(model, variant="fp16", **options)
-        except (OSError, ValueError):
-            pipeline = StableDiffusionXLPipeline.from_pretrained(model, **options)
-    else:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(model, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
-        # It overflows in float16; the stock pipeline casts it forth and back for every picture.
-        pipeline.vae.to(torch.float32)
-    return pipeline
-
-
-def _unscale(latents: Tensor, vae: Any) -> Tensor:
-    latents = latents.to(vae.dtype)
-    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if mean is None or std is None:
-        return latents / float(vae.config.scaling_factor)
-    mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    unscaled: Tensor = latents * std / vae.config.scaling_factor + mean
-    return unscaled
-
-
-def _describe(error: Exception) -> str:
-    text = _PATH.sub("[path]", redact_text(str(error)))
-    return f"{type(error).__name__}: {text}"[:500]

@@ -22,7 +22,7 @@ from schemas.redact import redact_bytes
 
 log = structlog.get_logger(__name__)
 
-_BLOCK_S = 0.5
+BLOCK_S = 0.5
 _SWEEP_EVERY_S = 0.5
 _ABANDON_AFTER_S = 5.0
 _PARALLEL_DELIVERIES = 2
@@ -104,7 +104,7 @@ class Worker:
         except RedisError as error:
             log.warning("redis.out_of_reach", step="read", error=type(error).__name__)
             self._reread = True  # the reply that was lost may have carried an entry
-            await asyncio.sleep(_BLOCK_S)
+            await asyncio.sleep(BLOCK_S)
         for delivery in self._backlog:
             self._keeper.leases_held.setdefault(delivery.entry_id, Lease(delivery))
         return self._backlog.popleft() if self._backlog else None
@@ -124,7 +124,7 @@ class Worker:
                 log.info("queue.reclaimed", entry_id=reclaimed[0].entry_id)
                 return reclaimed
             self._swept_at = now
-        return await self._intake.read(block_ms=int(_BLOCK_S * 1000))
+        return await self._intake.read(block_ms=int(BLOCK_S * 1000))
 
     async def _handle(self, delivery: Delivery) -> None:
         release_slot = _Once(self._slots.release)

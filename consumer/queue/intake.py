@@ -67,7 +67,7 @@ class Intake:
     async def reclaim(self, held: Collection[str]) -> list[Delivery]:
         """At most one entry whose owner has let its lease run out, or has handed it back."""
         for stream in self._order():
-            args = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
+            args: list[Any] = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
             try:
                 cursor, *claimed = await self._reclaim(keys=[stream], args=args)
             except ResponseError as error:

@@ -1,0 +1,116 @@
+"""The one place where a consumer is built and wired, by hand."""
+
+import os
+import socket
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from redis.exceptions import RedisError
+
+from consumer.artifacts import Artifacts
+from consumer.bucket import OwnBucket
+from consumer.engine import Engine, StockEngine
+from consumer.errors import ModelBroken
+from consumer.http import open_session
+from consumer.keeper import Keeper
+from consumer.lora.cache import LoraCache
+from consumer.lora.fetch import LoraFetcher, OwnBucketReader
+from consumer.outcomes import Outcomes, RetryPolicy
+from consumer.queue import Intake, Leases, Presence, connect, connect_for_blocking_reads
+from consumer.settings import ConsumerSettings
+from consumer.stages import Stages
+from consumer.storage import ArtifactStore, UploadUrls
+from consumer.urls import HostRules
+from consumer.worker import BLOCK_S, Worker
+from schemas.keys import Keys
+from schemas.redact import redact_text
+
+log = structlog.get_logger(__name__)
+
+
+def consumer_name() -> str:
+    """Unique to one boot: two processes must never be taken for each other, nor one for its predecessor."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def load_engine(settings: ConsumerSettings) -> Engine:
+    """Loads the base model, and draws once so that the first job finds it warm.
+
+    Raises ModelBroken.
+    """
+    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+    engine = StockEngine.load(
+        settings.model, vae=settings.vae, device=settings.device, dtype=settings.dtype, hub_token=token
+    )
+    engine.warm_up()
+    log.info("model.loaded", base_model=engine.base_model, gpu=engine.gpu)
+    return engine
+
+
+async def record_broken_model(settings: ConsumerSettings, name: str, error: ModelBroken) -> None:
+    """Says among the living why this consumer never came to life. Redis being away is no reason to wait."""
+    redis = connect(settings.redis_url.get_secret_value())
+    try:
+        presence = Presence(redis, Keys(settings.prefix), name)
+        await presence.heartbeat(
+            {"state": "failed", "error_code": error.code, "error": redact_text(str(error)), "model": settings.model}
+        )
+    except RedisError as cause:
+        log.warning("redis.out_of_reach", step="record_broken_model", error=type(cause).__name__)
+    finally:
+        await redis.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    fetcher: LoraFetcher
+    store: ArtifactStore
+    uploads: UploadUrls
+
+
+@asynccontextmanager
+async def wire(settings: ConsumerSettings, engine: Engine, name: str) -> AsyncIterator[Worker]:
+    """The worker of one consumer; its connections are closed when the block ends."""
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url.get_secret_value()
+        redis, reader = connect(url), connect_for_blocking_reads(url, block_s=BLOCK_S)
+        stack.push_async_callback(redis.aclose)
+        stack.push_async_callback(reader.aclose)
+        keys = Keys(settings.prefix)
+        intake = Intake(redis, reader, keys, name, lease_s=settings.lease_s)
+        leases = Leases(redis, keys, name, job_ttl_s=settings.job_ttl_s)
+        presence = Presence(redis, keys, name)
+        record = {"gpu": engine.gpu, "model": engine.base_model, "host": socket.gethostname(), "pid": str(os.getpid())}
+        storage = await _wire_storage(settings, stack)
+        yield Worker(
+            intake,
+            leases,
+            Keeper(leases, presence, record, lease_s=settings.lease_s),
+            Stages(engine, storage.fetcher, Artifacts(storage.store, storage.uploads, leases), leases, name),
+            Outcomes(leases, name, RetryPolicy(settings.max_attempts, settings.retry_base_s, settings.retry_cap_s)),
+            settings,
+        )
+
+
+async def _wire_storage(settings: ConsumerSettings, stack: AsyncExitStack) -> _Storage:
+    bucket = OwnBucket(
+        endpoint_url=settings.r2_endpoint_url,
+        name=settings.r2_bucket,
+        access_key_id=settings.r2_access_key_id,
+        secret_access_key=settings.r2_secret_access_key,
+    )
+    stack.callback(bucket.close)
+    own = HostRules.own(settings.r2_endpoint_url, settings.r2_bucket, allow_loopback=settings.allow_loopback)
+    session = await stack.enter_async_context(open_session(allow_loopback=settings.allow_loopback))
+    fetcher = LoraFetcher(
+        session,
+        LoraCache(settings.lora_cache_dir, int(settings.lora_cache_gb * 1e9)),
+        rules=HostRules.parse(settings.lora_allowed_hosts, default=own),
+        own_bucket=None if bucket.missing else OwnBucketReader(bucket.presign_get, own),
+        max_bytes=int(settings.lora_max_mb * 1e6),
+    )
+    uploads = UploadUrls(session, HostRules.parse(settings.upload_allowed_hosts, default=own))
+    return _Storage(fetcher, ArtifactStore(bucket, public_url=settings.r2_public_url), uploads)

@@ -1,0 +1,105 @@
+"""The stock diffusers pipeline: loading it, and what goes in and comes out of its denoising loop."""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from consumer.errors import GenerationFailed
+from schemas.redact import redact_text
+from schemas.requests import GenerationRequest
+
+Pixels = npt.NDArray[np.uint8]
+
+_PATH = re.compile(r"(?<![\w:/.])(?:/[^\s/'\",;:)]+)+")
+_SAMPLERS = {"EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM"}
+
+
+def load_pipeline(model: str, vae: str | None, device: torch.device, dtype: torch.dtype, token: str | None) -> Any:
+    """Loads an SDXL pipeline onto a device, from safetensors only.
+
+    Raises whatever diffusers, the hub's client or the device raise.
+    """
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()  # their warnings quote prompts
+        logging.disable_progress_bar()
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "token": token}
+    parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, **options)}
+    options |= {"add_watermarker": False, **parts}
+    if device.type == "cuda":
+        try:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(model, variant="fp16", **options)
+        except (OSError, ValueError):
+            pipeline = StableDiffusionXLPipeline.from_pretrained(model, **options)
+    else:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(model, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        # It overflows in float16; the stock pipeline casts it forth and back for every picture.
+        pipeline.vae.to(torch.float32)
+    return pipeline
+
+
+def sampler_name(pipeline: Any) -> str:
+    """What people call the pipeline's scheduler."""
+    scheduler = type(pipeline.scheduler).__name__
+    return _SAMPLERS.get(scheduler, scheduler)
+
+
+def noise(pipeline: Any, request: GenerationRequest) -> Tensor:
+    """The latents to start from, [1, channels, height / 8, width / 8]: of one seed the same on every device."""
+    factor = pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, request.height // factor, request.width // factor)
+    generator = torch.Generator("cpu").manual_seed(request.effective_seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipeline.device, pipeline.unet.dtype)
+
+
+@torch.no_grad()
+def decode(pipeline: Any, latents: Tensor) -> Pixels:
+    """Latents [1, channels, height / 8, width / 8] to uint8 [height, width, 3], rounded as the stock pipeline does.
+
+    Raises GenerationFailed for a picture with NaN or Inf, or one that is all black.
+    """
+    image = pipeline.vae.decode(_unscale(latents, pipeline.vae), return_dict=False)[0]
+    if not torch.isfinite(image).all():
+        raise GenerationFailed("The model drew a NaN image.")
+    picture = pipeline.image_processor.postprocess(image, output_type="np")[0]
+    pixels: Pixels = (picture * 255).round().astype(np.uint8)
+    if not pixels.any():
+        raise GenerationFailed("The model drew a black image.")
+    return pixels
+
+
+def _unscale(latents: Tensor, vae: Any) -> Tensor:
+    latents = latents.to(vae.dtype)
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        return latents / float(vae.config.scaling_factor)
+    mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    unscaled: Tensor = latents * std / vae.config.scaling_factor + mean
+    return unscaled
+
+
+def cut_prompts(pipeline: Any, request: GenerationRequest) -> list[str]:
+    """A warning for each prompt that is longer than a text encoder reads."""
+    warnings = []
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+            tokens, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
+            if tokens > limit:
+                warnings.append(f"{name} has {tokens} tokens and was cut at {limit}")
+                break
+    return warnings
+
+
+def describe(error: Exception) -> str:
+    """An exception of a library, fit for an event: no secrets, no paths of this machine, not too long."""
+    text = _PATH.sub("[path]", redact_text(str(error)))
+    return f"{type(error).__name__}: {text}"[:500]
