@@ -1,6 +1,7 @@
 """What this consumer holds, and keeping it: leases are renewed and life is announced at a third of the lease."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 
 import structlog
@@ -32,6 +33,7 @@ class Keeper:
         self._presence = presence
         self._record = record
         self._period_s = lease_s / 3
+        self._left = asyncio.Event()
 
     def drop(self, entry_id: str) -> None:
         """Forgets an entry that is ended, or that somebody else has to end."""
@@ -39,15 +41,27 @@ class Keeper:
         self.attempts.pop(entry_id, None)
 
     async def run(self) -> None:
-        """Renews and announces until it is cancelled. Redis being away costs a round, never the loop."""
-        while True:
+        """Renews and announces until `leave`, and then removes this consumer from the living.
+
+        Redis being away costs a round, never the loop.
+        """
+        while not self._left.is_set():
             try:
                 await self._announce()
                 for lease in list(self.leases_held.values()):
                     await self._renew(lease)
             except RedisError as error:
                 log.warning("redis.out_of_reach", step="renew", error=type(error).__name__)
-            await asyncio.sleep(self._period_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), self._period_s)
+        try:
+            await self._presence.leave()
+        except RedisError as error:
+            log.warning("redis.out_of_reach", step="leave", error=type(error).__name__)
+
+    def leave(self) -> None:
+        """Ends `run`. What is still held stays pending until its lease runs out."""
+        self._left.set()
 
     async def _renew(self, lease: Lease) -> None:
         held = await self._leases.extend(lease)

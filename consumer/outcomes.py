@@ -160,8 +160,8 @@ class Outcomes:
         if held is Held.LOST:
             log.warning("lease.lost", unpublished=event.type)
         else:
-            code = getattr(event.data, "error_code", None)
-            log.info("job.ended", event_type=event.type, error_code=code, error=getattr(event.data, "error", None))
+            why = event.data.model_dump(include={"error_code", "error"})
+            log.info("job.ended", event_type=event.type, attempt=event.data.attempt, **why)
 
 
 def _defect(error: BaseException, entry: RequestEntry) -> InternalError:

@@ -71,13 +71,15 @@ class Stages:
             prepare_s = attempt.worked_s
             await attempt.guard(self._gpu.acquire())
             queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
-            started = asyncio.create_task(self._publish_started(attempt, queued_s))
+            progress = _Progress(attempt, self._leases)
+            written = asyncio.gather(self._publish_started(attempt, queued_s), progress.write())
             try:
                 with attempt.working():
-                    image = await self._draw(attempt, loras)
+                    image = await self._draw(attempt, loras, progress)
             finally:
                 self._gpu.release()
-                await started  # behind the GPU's back, and before the run can end
+                progress.end()
+                await written  # while the next job has the GPU, and before this run can end
             return Generated(image, prepare_s, queued_s, gpu_s=attempt.worked_s - prepare_s)
 
     async def deliver(self, attempt: Attempt, generated: Generated) -> SucceededData:
@@ -109,23 +111,17 @@ class Stages:
         ]
         return await asyncio.to_thread(self._engine.prepare, loras)
 
-    async def _draw(self, attempt: Attempt, loras: PreparedLoras) -> GeneratedImage:
+    async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: "_Progress") -> GeneratedImage:
         attempt.stage = "running"
         attempt.check()
         loop = asyncio.get_running_loop()
-        progress = _Progress(attempt, self._leases)
-        writer = asyncio.create_task(progress.write())
 
         def on_step(step: int, total: int) -> None:
             loop.call_soon_threadsafe(progress.note, step, total)
             attempt.check()
 
-        try:
-            # Never cancelled from outside: a thread cannot be. The step callback ends it.
-            return await loop.run_in_executor(self._gpu_thread, self._engine.generate, attempt.request, loras, on_step)
-        finally:
-            writer.cancel()
-            await asyncio.wait({writer})
+        # Never cancelled from outside, since a thread cannot be: the step callback ends it.
+        return await loop.run_in_executor(self._gpu_thread, self._engine.generate, attempt.request, loras, on_step)
 
     async def _publish_started(self, attempt: Attempt, queued_s: float) -> None:
         data = StartedData(
@@ -181,13 +177,19 @@ class _Progress:
         self._started_at = clock()
         self._latest: tuple[int, int] | None = None
         self._news = asyncio.Event()
+        self._ended = False
 
     def note(self, step: int, total: int) -> None:
         self._latest = (step, total)
         self._news.set()
 
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
     async def write(self) -> None:
-        while True:
+        """Runs until `end` is called."""
+        while not self._ended:
             await self._news.wait()
             self._news.clear()
             if self._latest is not None:

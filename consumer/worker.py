@@ -61,6 +61,10 @@ class Worker:
             self._abort.set()
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
     async def run(self) -> None:
         """Works until told to stop, or until idle for as long as the settings say; then drains."""
         keeping = asyncio.create_task(self._keeper.run())
@@ -69,7 +73,9 @@ class Worker:
                 await self._take()
             await self._drain()
         finally:
-            keeping.cancel()
+            self._keeper.leave()
+            await asyncio.wait({keeping}, timeout=_ABANDON_AFTER_S)
+            log.info("consumer.stopped")
 
     async def _take(self) -> None:
         loop = asyncio.get_running_loop()

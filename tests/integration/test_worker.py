@@ -1,0 +1,323 @@
+"""The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeArtifacts, FakeEngine, FakeFetcher
+from queue_kit import a_request, completions, job, let_lease_run_out, publish, where_is
+from redis.asyncio import Redis
+
+from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, UploadInterrupted
+from consumer.keeper import Keeper
+from consumer.outcomes import Outcomes, RetryPolicy
+from consumer.queue import Delivery, Intake, Leases, Presence, connect, connect_for_blocking_reads
+from consumer.settings import ConsumerSettings
+from consumer.stages import Stages
+from consumer.worker import BLOCK_S, Worker
+from demo.servers import RedisServer, redis_server
+from schemas.keys import CONSUMER_GROUP, Keys, Priority
+
+
+@dataclass
+class Bench:
+    """One worker with its fakes, on one Redis."""
+
+    redis: Redis
+    keys: Keys
+    url: str
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    fetcher: FakeFetcher = field(default_factory=FakeFetcher)
+    artifacts: FakeArtifacts = field(default_factory=FakeArtifacts)
+
+    def worker(self, name: str = "ann", **settings: Any) -> Worker:
+        merged = ConsumerSettings(**{"lease_s": 3, "retry_base_s": 0.01, "drain_s": 5, **settings})
+        redis, reader = connect(self.url), connect_for_blocking_reads(self.url, block_s=BLOCK_S)
+        leases = Leases(redis, self.keys, name, job_ttl_s=60)
+        worker = Worker(
+            Intake(redis, reader, self.keys, name, lease_s=merged.lease_s),
+            leases,
+            Keeper(leases, Presence(redis, self.keys, name), {"gpu": "fake"}, lease_s=merged.lease_s),
+            Stages(self.engine, self.fetcher, self.artifacts, leases, name),
+            Outcomes(leases, name, RetryPolicy(merged.max_attempts, merged.retry_base_s, merged.retry_cap_s)),
+            merged,
+        )
+        worker.clients = (redis, reader)  # type: ignore[attr-defined]
+        return worker
+
+    @asynccontextmanager
+    async def working(self, name: str = "ann", **settings: Any) -> AsyncIterator[Worker]:
+        worker = self.worker(name, **settings)
+        task = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            if not worker.stopping:
+                worker.request_stop()
+            await asyncio.wait_for(task, 20)
+            for client in worker.clients:  # type: ignore[attr-defined]
+                await client.aclose()
+
+    async def ended(self, *job_ids: str, within_s: float = 15) -> list[dict[str, Any]]:
+        """Waits for each job's terminal event; returns all events so far."""
+        async with asyncio.timeout(within_s):
+            while True:
+                events = await completions(self.redis, self.keys)
+                ended = {event["data"]["job_id"] for event in events if event["type"].split(".")[1] in _TERMINAL}
+                if ended >= set(job_ids):
+                    return events
+                await asyncio.sleep(0.02)
+
+    async def until(self, condition: Any, within_s: float = 10) -> None:
+        async with asyncio.timeout(within_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+_TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+@pytest.fixture
+def bench(redis: Redis, keys: Keys, redis_at: RedisServer) -> Bench:
+    return Bench(redis, keys, redis_at.url)
+
+
+def of_job(events: list[dict[str, Any]], job_id: str) -> list[str]:
+    return [event["type"].split(".")[1] for event in events if event["data"]["job_id"] == job_id]
+
+
+async def test_a_job_goes_all_the_way(bench: Bench) -> None:
+    async with bench.working():
+        await publish(bench.redis, bench.keys, a_request(metadata={"avatar": 7}))
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["started", "succeeded"]
+    data = events[-1]["data"]
+    assert data["request_metadata"] == {"avatar": 7}
+    assert data["image_key"] == "images/job-1.png"
+    assert data["consumer"] == "ann"
+    assert data["metadata"] == {"seed_used": a_request().effective_seed, "actual_steps": 28, "actual_cfg": 5.5}
+    assert set(data["timings"]) == {"queued", "prepare", "generate", "encode", "upload", "total"}
+    assert events[-1]["id"] == "job-1:1:succeeded"
+    assert await where_is(bench.redis, bench.keys) == ["done"]
+
+
+async def test_the_next_lora_is_fetched_and_the_last_picture_stored_while_the_gpu_draws(bench: Bench) -> None:
+    bench.engine.step_s = 0.01
+    bench.artifacts.store_s = 0.15
+    order: list[str] = []
+    bench.engine.log = bench.fetcher.log = bench.artifacts.log = order
+    for name in "abc":
+        await publish(bench.redis, bench.keys, a_request(name, lora_key=f"{name}.safetensors", steps=30))
+    async with bench.working():
+        await bench.ended("a", "b", "c")
+    assert order.index("fetch b.safetensors") < order.index("drawn a")
+    assert order.index("draw b") < order.index("stored a") < order.index("drawn b")
+    assert [line for line in order if line.startswith("draw ")] == ["draw a", "draw b", "draw c"]
+
+
+async def test_no_more_is_taken_than_one_running_and_one_prepared(bench: Bench) -> None:
+    bench.engine.step_s = 0.02
+    for number in range(5):
+        await publish(bench.redis, bench.keys, a_request(f"job-{number}"))
+    async with bench.working():
+        await bench.until(bench.engine.drawing.is_set)
+        await asyncio.sleep(0.1)
+        pending = await bench.redis.xpending(bench.keys.requests(Priority.NORMAL), CONSUMER_GROUP)
+        assert pending["pending"] == 2
+
+
+async def test_a_passing_failure_is_retried_and_counted(bench: Bench) -> None:
+    bench.fetcher.fail_with = [LoraFetchInterrupted("the LoRA's host answered 503", details={"status": 503})]
+    async with bench.working():
+        await publish(bench.redis, bench.keys, a_request(lora_key="x"))
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["retrying", "started", "succeeded"]
+    retrying = events[0]
+    assert retrying["id"] == "job-1:1:retrying:1"
+    assert retrying["data"]["error_code"] == "LORA_DOWNLOAD_FAILED"
+    assert 0 <= retrying["data"]["retry_after"] <= 0.01
+    assert events[-1]["data"]["attempt"] == 2
+
+
+async def test_a_failure_that_never_passes_ends_the_run_after_its_last_attempt(bench: Bench) -> None:
+    bench.artifacts.fail_with = [UploadInterrupted("the storage answered 500")] * 5
+    async with bench.working(max_attempts=2):
+        await publish(bench.redis, bench.keys, a_request())
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["started", "retrying", "started", "failed"]
+    data = events[-1]["data"]
+    assert (data["error_code"], data["retry_after"], data["dead_lettered"], data["attempt"]) == (
+        "UPLOAD_FAILED",
+        60,
+        True,
+        2,
+    )
+    assert await bench.redis.xlen(bench.keys.dead) == 1
+
+
+async def test_an_out_of_memory_is_retried_at_most_twice(bench: Bench) -> None:
+    bench.engine.fail_with = [GpuOutOfMemory("CUDA out of memory")] * 9
+    async with bench.working(max_attempts=9):
+        await publish(bench.redis, bench.keys, a_request())
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1").count("retrying") == 2
+    assert events[-1]["data"]["error_code"] == "CUDA_OOM"
+
+
+async def test_a_permanent_failure_ends_the_run_at_once_with_its_own_retry_after(bench: Bench) -> None:
+    bench.fetcher.fail_with = [LoraUrlExpired("the LoRA's host answered 403")]
+    async with bench.working():
+        await publish(bench.redis, bench.keys, a_request(lora_url="https://r2.example.com/b/x?X-Amz-Signature=canary"))
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["failed"]
+    assert events[0]["data"]["retry_after"] == 0
+    [(_, letter)] = await bench.redis.xrange(bench.keys.dead)
+    assert b"canary" not in letter[b"payload"]
+    assert b"https://r2.example.com/b/x" in letter[b"payload"]
+    assert "canary" not in str(await job(bench.redis, bench.keys))
+
+
+async def test_a_defect_of_ours_names_a_trace(bench: Bench) -> None:
+    bench.engine.fail_with = [ZeroDivisionError("secret")] * 3
+    async with bench.working(max_attempts=1):
+        await publish(bench.redis, bench.keys, a_request())
+        events = await bench.ended("job-1")
+    data = events[-1]["data"]
+    assert data["error_code"] == "INTERNAL"
+    assert len(data["details"]["trace_id"]) == 32
+    assert "secret" not in data["error"]
+
+
+async def test_work_beyond_the_timeout_ends_and_waiting_for_the_gpu_does_not_count(bench: Bench) -> None:
+    bench.engine.step_s = 0.06
+    await publish(bench.redis, bench.keys, a_request("slow", steps=50, timeout=1))
+    await publish(bench.redis, bench.keys, a_request("patient", steps=20, timeout=2))
+    await publish(bench.redis, bench.keys, a_request("patient-too", steps=20, timeout=2))
+    async with bench.working(prefetch=2):
+        events = await bench.ended("slow", "patient", "patient-too")
+    assert of_job(events, "slow") == ["started", "failed"]
+    [failed] = [event["data"] for event in events if event["type"] == "generation.failed"]
+    assert (failed["error_code"], failed["retry_after"]) == ("TIMEOUT", 0)
+    assert of_job(events, "patient-too") == ["started", "succeeded"]
+
+
+async def test_a_running_job_is_cancelled_at_its_next_step(bench: Bench) -> None:
+    bench.engine.step_s = 0.05
+    async with bench.working():
+        await publish(bench.redis, bench.keys, a_request(steps=50))
+        await bench.until(bench.engine.drawing.is_set)
+        await bench.redis.set(bench.keys.cancel("job-1"), 1, ex=604800)
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["started", "cancelled"]
+    assert events[-1]["data"]["stage"] == "running"
+    assert "drawn job-1" not in bench.engine.log
+
+
+async def test_a_job_is_cancelled_while_its_lora_is_fetched(bench: Bench) -> None:
+    bench.fetcher.fetch_s = 30
+    async with bench.working(lease_s=0.3):
+        await publish(bench.redis, bench.keys, a_request(lora_key="x"))
+        await bench.until(lambda: bench.fetcher.log)
+        await bench.redis.set(bench.keys.cancel("job-1"), 1, ex=604800)
+        events = await bench.ended("job-1")
+    assert events[-1]["data"]["stage"] == "preparing"
+
+
+async def test_a_consumer_that_lost_its_lease_stops_and_publishes_nothing(bench: Bench) -> None:
+    bench.engine.step_s = 0.05
+    async with bench.working():
+        entry_id = await publish(bench.redis, bench.keys, a_request(steps=50))
+        await bench.until(bench.engine.drawing.is_set)
+        delivery = Delivery(bench.keys.requests(Priority.NORMAL), entry_id, {})
+        await let_lease_run_out(bench.redis, bench.keys, delivery, "bob")
+        await bench.redis.hset(bench.keys.job("job-1"), "lease", "bob#1")
+        await bench.until(lambda: not bench.engine.drawing.is_set())
+        await asyncio.sleep(0.1)
+        # nobody but bob may end it
+        assert of_job(await completions(bench.redis, bench.keys), "job-1") == ["started"]
+        await bench.redis.xack(delivery.stream, CONSUMER_GROUP, entry_id)
+        await bench.redis.xdel(delivery.stream, entry_id)
+
+
+async def test_an_entry_without_a_readable_id_is_buried_and_the_loop_goes_on(bench: Bench) -> None:
+    stream = bench.keys.requests(Priority.NORMAL)
+    await bench.redis.xadd(stream, {"payload": b"\xff\x00 https://h/x?X-Amz-Signature=canary"})
+    await bench.redis.xadd(stream, {"nothing": "at all"})
+    await bench.redis.xadd(stream, {"payload": "[]", "job_id": "named"})
+    await publish(bench.redis, bench.keys, a_request())
+    async with bench.working():
+        events = await bench.ended("named", "job-1")
+    assert of_job(events, "named") == ["failed"]
+    letters = [fields for _, fields in await bench.redis.xrange(bench.keys.dead)]
+    assert [set(letter) for letter in letters] == [{b"raw", b"source", b"died_at"}] * 2
+    assert letters[0][b"raw"] == b"\xff\x00 https://h/x"
+    assert await bench.redis.xlen(stream) == 0
+
+
+async def test_a_stopped_worker_ends_what_runs_and_hands_back_the_rest_uncounted(bench: Bench) -> None:
+    bench.engine.step_s = 0.02
+    for name in ("running", "prepared", "waiting"):
+        await publish(bench.redis, bench.keys, a_request(name, steps=30))
+    async with bench.working() as worker:
+        await bench.until(bench.engine.drawing.is_set)
+        await asyncio.sleep(0.1)
+        worker.request_stop()
+        await asyncio.sleep(0.1)
+        assert "drawn running" not in bench.engine.log  # handed back at once, not when the running job has ended
+        prepared = await job(bench.redis, bench.keys, "prepared")
+        assert (prepared["state"], prepared["attempt"]) == ("queued", "0")
+    assert of_job(await completions(bench.redis, bench.keys), "running") == ["started", "succeeded"]
+    assert await where_is(bench.redis, bench.keys, "waiting") == ["stream"]
+    bench.engine.step_s = 0
+    async with bench.working("bob"):
+        events = await bench.ended("prepared", "waiting")
+    assert [event["data"]["attempt"] for event in events] == [1] * len(events)
+
+
+async def test_a_second_stop_hands_the_running_job_back_too(bench: Bench) -> None:
+    bench.engine.step_s = 0.05
+    await publish(bench.redis, bench.keys, a_request(steps=50))
+    async with bench.working() as worker:
+        await bench.until(bench.engine.drawing.is_set)
+        worker.request_stop()
+        worker.request_stop()
+    assert (await job(bench.redis, bench.keys))["attempt"] == "0"
+    assert of_job(await completions(bench.redis, bench.keys), "job-1") == ["started"]
+
+
+async def test_an_idle_worker_leaves_by_itself(bench: Bench) -> None:
+    worker = bench.worker(idle_exit_s=0.2)
+    await asyncio.wait_for(worker.run(), 10)
+    assert await bench.redis.zcard(bench.keys.consumers) == 0
+    for client in worker.clients:  # type: ignore[attr-defined]
+        await client.aclose()
+
+
+async def test_a_worker_told_to_stop_before_redis_answers_stops(tmp_path: Path, redis: Redis, keys: Keys) -> None:
+    bench = Bench(redis, keys, "redis://127.0.0.1:1/0")
+    async with asyncio.timeout(15), bench.working() as worker:
+        await asyncio.sleep(0.1)
+        worker.request_stop()
+
+
+async def test_a_picture_made_while_redis_is_away_is_published_when_it_is_back(tmp_path: Path, keys: Keys) -> None:
+    aof = ("--appendonly", "yes", "--appendfsync", "always")
+    with redis_server(tmp_path, *aof) as server:
+        port = server.port
+        redis = connect(server.url)
+        bench = Bench(redis, keys, server.url, FakeEngine(step_s=0.02))
+        async with bench.working(lease_s=30):
+            await publish(redis, keys, a_request(steps=50))
+            await bench.until(bench.engine.drawing.is_set)
+            server.process.kill()
+            server.process.wait()
+            await bench.until(lambda: "drawn job-1" in bench.engine.log)
+            with redis_server(tmp_path, *aof, port=port):
+                events = await bench.ended("job-1")
+                assert of_job(events, "job-1") == ["started", "succeeded"]
+                await bench.until(lambda: True)
+        await redis.aclose()
