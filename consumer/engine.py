@@ -1,6 +1,7 @@
 """Draws pictures: the base model with one job's LoRAs patched into it, and the stock diffusers pipeline around it."""
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,8 @@ class StockEngine:
         except Exception as error:
             if error is callback.raised or isinstance(error, WorkerError):
                 raise
-            log.exception("inference_error")
+            # As text: a renderer with local variables would show the prompt.
+            log.error("inference_error", traceback=traceback.format_exc())
             failure = GenerationFailed(f"Inference failed: {describe(error)}")
         # Outside the handlers, whose tracebacks would keep the failed picture's memory.
         self._recover()

@@ -14,7 +14,6 @@ from email.utils import parsedate_to_datetime
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from consumer.urls import HostRules, check_addresses
@@ -113,7 +112,7 @@ async def exchange(
             timeout=timeout,
         ) as response:
             yield response
-    except (aiohttp.ClientError, HttpProcessingError, TimeoutError) as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         # aiohttp puts whole URLs into some of its texts
         raise ExchangeBroken(_what_broke(error)) from None
 
@@ -151,7 +150,7 @@ def _what_broke(error: Exception) -> str:
             return "TLS failed"
         case aiohttp.ClientConnectorError():
             return "no connection"
-        case aiohttp.ClientPayloadError() | HttpProcessingError():
+        case aiohttp.ClientPayloadError():
             return "the body is cut short or malformed"
         case _:
             return f"the connection broke ({type(error).__name__})"

@@ -29,7 +29,7 @@ def load_pipeline(model: str, vae: str | None, device: torch.device, dtype: torc
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()  # their warnings quote prompts
         logging.disable_progress_bar()
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "token": token}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "token": token}
     parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, **options)}
     options |= {"add_watermarker": False, **parts}
     if device.type == "cuda":

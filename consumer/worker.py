@@ -71,8 +71,11 @@ class Worker:
         try:
             if await self._before_stop(until_answered(self._intake.ensure_groups, what="ensure_groups")):
                 await self._take()
-            await self._drain()
+        except asyncio.CancelledError:
+            self._abort.set()  # whoever cancels takes the machine away: hand everything back now
+            raise
         finally:
+            await self._drain()
             self._keeper.leave()
             await asyncio.wait({keeping}, timeout=_ABANDON_AFTER_S)
             log.info("consumer.stopped")
