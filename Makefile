@@ -1,0 +1,40 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint check format contract clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## make .venv with everything that tests and the demo need
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## run a dozen requests end to end and write demo/gallery.html
+	@$(BIN)/python -m demo
+
+test: setup  ## run every test
+	$(BIN)/python -m pytest
+
+lint: setup  ## style, types, import contracts, committed contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m schemas export --check
+
+check: lint test  ## what CI runs
+
+format: setup  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+contract: setup  ## write docs/contract from the schemas
+	$(BIN)/python -m schemas export
+
+clean:
+	rm -rf $(VENV) demo/out demo/gallery.html
