@@ -53,6 +53,6 @@ def parameters_text(request: GenerationRequest, model_info: ModelInfo, sampler: 
 
 
 def _quoted(value: str) -> str:
-    if any(character in value for character in ',\n:"'):
+    if any(character in value for character in ",\n:"):
         return json.dumps(value, ensure_ascii=False)
     return value

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
@@ -15,17 +15,36 @@ from schemas.keys import CANCEL_TTL_SECONDS, CONSUMER_GROUP, JobState, Keys, Pri
 from schemas.requests import GenerationRequest
 
 _SOCKET_TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 50
+_CONNECTION_WAIT_S = 30.0
 
 
 def connect(url: str) -> Redis:
-    """A client in bytes that repeats a command whose connection was lost."""
+    """A client in bytes that repeats a command whose connection was lost. Beyond `_MAX_CONNECTIONS` callers queue up.
+
+    Raises ValueError, without the URL, where it is none of Redis.
+    """
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3)
-    return Redis.from_url(url, retry=retry, socket_timeout=_SOCKET_TIMEOUT_S, health_check_interval=15)
+    return _client(
+        url,
+        retry=retry,
+        socket_timeout=_SOCKET_TIMEOUT_S,
+        health_check_interval=15,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=_CONNECTION_WAIT_S,
+    )
 
 
 def connect_for_blocking_reads(url: str, *, block_s: float) -> Redis:
     """A client for blocking reads: it waits longer than it blocks, and leaves repeating to its caller."""
-    return Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=block_s + _SOCKET_TIMEOUT_S)
+    return _client(url, retry=Retry(NoBackoff(), 0), socket_timeout=block_s + _SOCKET_TIMEOUT_S)
+
+
+def _client(url: str, **options: Any) -> Redis:
+    try:
+        return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
+    except ValueError:
+        raise ValueError("not the URL of a Redis: redis://, rediss:// or unix://") from None
 
 
 class Submitted(NamedTuple):
@@ -69,6 +88,7 @@ class ProducerQueue:
         self._max_queue = max_queue
         self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
         self._submit = redis.register_script(scripts.SUBMIT)
+        self._ask_to_cancel = redis.register_script(scripts.ASK_TO_CANCEL)
         self._cancel_waiting = redis.register_script(scripts.CANCEL_WAITING)
 
     async def submit(
@@ -137,9 +157,15 @@ class ProducerQueue:
         )
         return bool(reply == b"ended")
 
-    async def ask_to_cancel(self, job_id: str) -> None:
-        """Asks whichever consumer has, or will have, the job to cancel it."""
-        await self._redis.set(self._keys.cancel(job_id), 1, ex=CANCEL_TTL_SECONDS)
+    async def ask_to_cancel(self, job_id: str) -> JobState | None:
+        """Asks whichever consumer has, or will have, the job to cancel it; nothing happens where it has ended.
+
+        Returns the job's state, None where it has none yet.
+        """
+        reply: bytes = await self._ask_to_cancel(
+            keys=[self._keys.job(job_id), self._keys.cancel(job_id)], args=[CANCEL_TTL_SECONDS]
+        )
+        return JobState(reply.decode()) if reply else None
 
     async def progress(self, reader: Redis, job_id: str, after: str, block_ms: int) -> list[StreamEntry]:
         """Progress entries, and a copy of the terminal event, after an entry id (`0-0`: all)."""

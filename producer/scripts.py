@@ -1,6 +1,6 @@
 """The backend's atomic steps, as Lua for Redis 6.2 and newer. Each may be sent twice and recognises its own work."""
 
-from schemas.lua import PRELUDE
+from schemas.lua import IS_TERMINAL, PRELUDE
 
 _ENQUEUE = """
 local function depth(streams, delayed)
@@ -53,7 +53,18 @@ return {'accepted', run.number, 'queued'}
 """
 )
 
-# Ends a run that waits. Answers: ended, or changed when the job is not where the caller saw it.
+# Asks the consumers to cancel, unless the last run has ended: its cancel key would be a later run's. Answers the state.
+ASK_TO_CANCEL = (
+    IS_TERMINAL
+    + """
+local state = redis.call('HGET', KEYS[1], 'state') or ''
+if not is_terminal(state) then redis.call('SET', KEYS[2], 1, 'EX', ARGV[1]) end
+return state
+"""
+)
+
+# Ends a run that waits (one called delayed may be back in its stream). Answers: ended, or changed when the job is not
+# where the caller saw it.
 CANCEL_WAITING = (
     PRELUDE
     + """
@@ -66,12 +77,9 @@ if held[2] == 'cancelled' and held[5] == run.event then return 'ended' end
 if held[1] ~= seen_run or held[2] ~= seen_state or held[3] ~= seen_attempt or held[4] ~= entry_id then
   return 'changed'
 end
-if seen_state == 'delayed' then
-  redis.call('ZREM', delayed, run.job_id)
-else
-  redis.call('XACK', stream, group, entry_id)
-  redis.call('XDEL', stream, entry_id)
-end
+redis.call('ZREM', delayed, run.job_id)
+redis.call('XACK', stream, group, entry_id)
+redis.call('XDEL', stream, entry_id)
 end_run(job, cancel, progress, completions, run)
 return 'ended'
 """

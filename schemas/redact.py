@@ -23,14 +23,14 @@ _NAMES = (
     r"|token|passw(?:or)?d|secret|authorization)"
 )
 # A signed query that something has cut off its URL, and credentials written as key=value, in JSON or as a header.
+_HEAD = rf"{_NAMES}(?:\\*[\"'])?\s*(?:[=:]|%(?:25)*3d|\\+u003d)\s*"
+_VALUE = rf"(?:(?!{_HEAD})(?:[^\s\"'&,;}}\\]|\\(?![\"'])))+"  # ends where another secret begins
 _NAMED_SECRET = re.compile(
-    rf"(?P<head>{_NAMES}(?:\\*[\"'])?\s*(?:[=:]|%(?:25)*3d|\\+u003d)\s*)"
-    r"(?:(?P<quote>\\*[\"'])(?:(?!(?P=quote))[^\n])+|(?:(?:bearer|basic)\s+)?(?:[^\s\"'&,;}\\]|\\(?![\"']))+)",
-    _FLAGS,
+    rf"(?P<head>{_HEAD})(?:(?P<quote>\\*[\"'])(?:(?!(?P=quote))[^\n])+|(?:(?:bearer|basic)\s+)?{_VALUE})", _FLAGS
 )
 # Credentials that are known without a name: a bearer token, a webhook secret.
 _BARE_SECRET = re.compile(r"(?P<head>\bbearer\s+|whsec_)[A-Za-z0-9._~+/=-]{8,}", _FLAGS)
-_NAME = re.compile(rf"(?:.*[^a-z])?{_NAMES}", _FLAGS)
+_NAME = re.compile(rf".*{_NAMES}", _FLAGS)
 
 
 def redact_text(text: str) -> str:

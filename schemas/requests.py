@@ -35,7 +35,7 @@ JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 _PROMPT_ERROR = "invalid_prompt"
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE | re.ASCII)  # printable, without the backslash
 _FIELD_NAME = re.compile(r"[A-Za-z_]{1,32}[0-9]{0,3}")
 

@@ -47,7 +47,7 @@ def salvage_string(raw: bytes, key: str) -> str | None:
         return dict(pairs)
 
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=collect, parse_int=str)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=collect, parse_int=lambda _: 0)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict) and len(found) == 1 and isinstance(found[0], str):
@@ -71,8 +71,6 @@ def check(value: Any, depth_left: int = MAX_DEPTH) -> None:
 
     Raises StrictJsonError.
     """
-    if depth_left < 0:
-        raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels")
     match value:
         case str():
             if any("\ud800" <= character <= "\udfff" for character in value):
@@ -80,6 +78,8 @@ def check(value: Any, depth_left: int = MAX_DEPTH) -> None:
         case float():
             if not math.isfinite(value):
                 raise StrictJsonError("a number is out of range")
+        case dict() | list() if depth_left == 0:
+            raise StrictJsonError(f"nested deeper than {MAX_DEPTH} levels")
         case dict():
             for key, item in value.items():
                 check(key, depth_left)

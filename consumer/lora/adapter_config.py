@@ -6,6 +6,7 @@ diffusers packs each component's `LoraConfig` under its prefix (`unet.lora_alpha
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +45,8 @@ class AdapterConfig:
                 break
         if alpha is None:
             return float(rank)
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            raise _broken("an alpha that is no number")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or abs(alpha) > sys.float_info.max:
+            raise _broken("an alpha that is no finite number")
         # rank-stabilised LoRA scales by alpha / sqrt(rank)
         return alpha * math.sqrt(rank) if self._get(component, "use_rslora") else float(alpha)
 

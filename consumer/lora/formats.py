@@ -153,8 +153,8 @@ def _read_deltas(path: Path, matched: dict[str, _Pair], config: AdapterConfig) -
 
 
 def _checked(delta: Delta) -> Delta:
-    if delta.alpha == 0 or not math.isfinite(delta.alpha):
-        raise LoraInvalid(f"The LoRA's alpha for {delta.module} is {delta.alpha}.", details={"module": delta.module})
+    if delta.alpha == 0:
+        raise LoraInvalid(f"The LoRA's alpha for {delta.module} is 0.", details={"module": delta.module})
     # By Cauchy-Schwarz no entry of up @ down is larger than this.
     bound = abs(delta.factor) * _largest_norm(delta.up, dim=1) * _largest_norm(delta.down, dim=0)
     if not bound < MAX_CHANGE:

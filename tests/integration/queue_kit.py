@@ -57,9 +57,7 @@ def cancelled(lease: Lease) -> events.CancelledEvent:
 
 
 def retrying(lease: Lease) -> events.RetryingEvent:
-    data = RetryingData(
-        **base_data(lease), error="no", error_code=ErrorCode.UPLOAD_FAILED, retry_after=0.1
-    )
+    data = RetryingData(**base_data(lease), error="no", error_code=ErrorCode.UPLOAD_FAILED, retry_after=0.1)
     return events.retrying(data, NOW)
 
 

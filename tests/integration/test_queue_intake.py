@@ -21,9 +21,7 @@ def bob(redis: Redis, keys: Keys) -> FakeConsumer:
     return FakeConsumer(redis, keys, "bob")
 
 
-async def test_entries_published_before_the_group_existed_are_read(
-    redis: Redis, keys: Keys, ann: FakeConsumer
-) -> None:
+async def test_entries_published_before_the_group_existed_are_read(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
     await publish(redis, keys, a_request())
     await ann.intake.ensure_groups()
     await ann.intake.ensure_groups()
@@ -152,9 +150,7 @@ async def test_a_delayed_job_whose_hash_is_gone_is_forgotten(redis: Redis, keys:
     assert await redis.xlen(keys.requests(Priority.NORMAL)) == 0
 
 
-async def test_two_consumers_promote_a_job_once(
-    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
-) -> None:
+async def test_two_consumers_promote_a_job_once(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer) -> None:
     await publish(redis, keys, a_request())
     lease, _ = await ann.take()
     await ann.leases.retry(lease, retrying(lease), 0.0)
@@ -164,9 +160,7 @@ async def test_two_consumers_promote_a_job_once(
     assert (await job(redis, keys))["state"] == "queued"
 
 
-async def test_a_consumer_is_seen_among_the_living_until_it_leaves(
-    redis: Redis, keys: Keys, ann: FakeConsumer
-) -> None:
+async def test_a_consumer_is_seen_among_the_living_until_it_leaves(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
     await ann.intake.ensure_groups()
     await ann.presence.heartbeat({"gpu": "cpu", "state": "idle"})
     [(name, seen_ms)] = await redis.zrange(keys.consumers, 0, -1, withscores=True)

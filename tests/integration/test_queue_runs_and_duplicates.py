@@ -75,9 +75,7 @@ async def test_the_next_run_is_not_taken_after_a_success_nor_while_the_last_one_
 
 
 @pytest.mark.parametrize("run", [1, 3, 7])
-async def test_a_run_that_is_not_the_next_is_a_duplicate(
-    redis: Redis, keys: Keys, ann: FakeConsumer, run: int
-) -> None:
+async def test_a_run_that_is_not_the_next_is_a_duplicate(redis: Redis, keys: Keys, ann: FakeConsumer, run: int) -> None:
     await publish(redis, keys, a_request())
     lease, _ = await ann.take()
     await ann.fail(lease)

@@ -38,7 +38,9 @@ class Wire:
     events: list[dict[str, Any]] = field(default_factory=list)
     _last: bytes = b"0"
 
-    def add(self, job_id: str | None = None, /, *, priority: str = "normal", envelope: Any = None, **fields: Any) -> None:
+    def add(
+        self, job_id: str | None = None, /, *, priority: str = "normal", envelope: Any = None, **fields: Any
+    ) -> None:
         """A bare XADD of a small job."""
         payload = {**SMALL, **({"job_id": job_id} if job_id else {}), **fields}
         self.add_raw({"payload": json.dumps(payload), **(envelope or {})}, priority)

@@ -1,0 +1,39 @@
+import asyncio
+
+import pytest
+from redis.exceptions import BusyLoadingError, ConnectionError, NoPermissionError, ReadOnlyError, ResponseError
+
+from consumer import outage
+from consumer.outage import until_answered
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError])
+async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "_MAX_DELAY_S", 0.001)
+    failures = [kind("away")] * 3
+
+    async def step() -> str:
+        if failures:
+            raise failures.pop()
+        return "answer"
+
+    assert await until_answered(step, what="step") == "answer"
+
+
+async def test_what_repeating_cannot_cure_is_raised() -> None:
+    async def step() -> None:
+        raise ResponseError("WRONGTYPE")
+
+    with pytest.raises(ResponseError):
+        await until_answered(step, what="step")
+
+
+async def test_a_step_can_be_given_up() -> None:
+    async def step() -> None:
+        raise ConnectionError("away")
+
+    task = asyncio.create_task(until_answered(step, what="step"))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
