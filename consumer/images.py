@@ -10,7 +10,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from schemas.events import ModelInfo
-from schemas.redact import redact_text
 from schemas.requests import GenerationRequest
 
 VERSION = "modal-sdxl-lora"
@@ -45,10 +44,10 @@ def parameters_text(request: GenerationRequest, model_info: ModelInfo, sampler: 
     if model_info.loras:
         fields["Loras"] = ", ".join(f"<lora:{lora.name}:{lora.scale}>" for lora in model_info.loras)
     fields["Version"] = VERSION
-    lines = [redact_text(request.prompt)]
+    lines = [request.prompt]
     if request.negative_prompt:
-        lines.append(f"Negative prompt: {redact_text(request.negative_prompt)}")
-    lines.append(", ".join(f"{name}: {_quoted(redact_text(str(value)))}" for name, value in fields.items()))
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items()))
     return "\n".join(lines)
 
 

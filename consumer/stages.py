@@ -89,7 +89,8 @@ class Stages:
         model_info = _model_info(self._engine.base_model, attempt, image)
         with attempt.working():
             started = time.perf_counter()
-            png = await attempt.guard(asyncio.to_thread(encode_png, image.pixels, request, model_info))
+            encode = asyncio.to_thread(encode_png, image.pixels, request, model_info, sampler=image.sampler)
+            png = await attempt.guard(encode)
             encoded = time.perf_counter()
             stored = await attempt.guard(self._artifacts.store(attempt, png))
             uploaded = time.perf_counter()

@@ -20,7 +20,6 @@ class FakeEngine:
 
     base_model = "fake"
     gpu = "fake"
-    sampler = "Euler"
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s

@@ -21,6 +21,7 @@ MAX_RANK = 1024
 MAX_CHANGE = torch.finfo(torch.float16).max
 
 _DTYPES = ("F32", "F16", "BF16")
+_ALPHA_DTYPES = ("F64", "I64", "I32", "I16")
 _PROMPT_PROJECTION = re.compile(r"attn2[._]to_[kv]$")
 _MADE_FOR = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
 
@@ -63,7 +64,9 @@ def parse(path: Path, model: ModelShapes) -> ParsedLora:
 
 def _refuse_dtypes(header: Header) -> None:
     for name, tensor in header.tensors.items():
-        if tensor.dtype not in _DTYPES:
+        # trainers keep alpha as it was configured: an integer, or a double
+        allowed = (*_DTYPES, *_ALPHA_DTYPES) if name.endswith(".alpha") else _DTYPES
+        if tensor.dtype not in allowed:
             raise LoraInvalid(
                 f"The LoRA's tensors must be {', '.join(_DTYPES)}; '{shown(name)}' is {tensor.dtype}.",
                 details={"tensor": shown(name), "dtype": tensor.dtype},

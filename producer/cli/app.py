@@ -1,0 +1,48 @@
+"""The commands, each registered once."""
+
+import sys
+
+import structlog
+import typer
+
+from producer.cli import dead, jobs, listen, publish, wait
+from producer.cli.command import command
+from schemas.redact import redact_value
+
+app = typer.Typer(
+    help="Submit pictures to the queue, wait for them, and look after what became of them.",
+    epilog="Exit status: 0 success, 1 a job that failed, 2 bad usage, 3 Redis or storage out of reach.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+dead_app = typer.Typer(help="Jobs that failed and could succeed: look at them, run them again.", no_args_is_help=True)
+
+
+@app.callback()
+def _log_to_stderr() -> None:
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            lambda _logger, _method, event: redact_value(event),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger("warning"),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+    )
+
+
+app.command()(command(publish.publish))
+app.command()(command(wait.wait))
+app.command()(command(jobs.status))
+app.command()(command(jobs.cancel))
+app.command()(command(jobs.stats))
+app.command()(command(listen.listen))
+dead_app.command("list")(command(dead.list_letters))
+dead_app.command("show")(command(dead.show_letter))
+dead_app.command("replay")(command(dead.replay_letters))
+dead_app.command("drop")(command(dead.drop_letters))
+app.add_typer(dead_app, name="dead")

@@ -1,0 +1,91 @@
+"""What the client's tests share: a client of a queue of their own, and consumers that end its jobs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import event_kit
+from queue_kit import FakeConsumer
+from redis.asyncio import Redis
+
+from consumer.queue import Delivery, Lease
+from producer.client import AsyncGenerationClient
+from schemas.entries import decode_entry
+from schemas.events import FailedEvent, SucceededEvent
+from schemas.keys import JobState, Keys
+
+T = TypeVar("T")
+PATIENCE_S = 20.0
+CANARY = "X-Amz-Signature=canary"
+FOREIGN_URL = "https://files.example/cat.safetensors"
+
+
+def a_client(url: str, keys: Keys, **options: Any) -> AsyncGenerationClient:
+    return AsyncGenerationClient(url, prefix=keys.prefix, **{"max_queue": 1000, "job_ttl_s": 60, **options})
+
+
+@asynccontextmanager
+async def a_redis(url: str) -> AsyncIterator[Redis]:
+    redis = Redis.from_url(url)
+    try:
+        yield redis
+    finally:
+        await redis.aclose()
+
+
+def begun(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that fails where it would wait for ever."""
+    return asyncio.create_task(asyncio.wait_for(coroutine, PATIENCE_S))
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if await condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def blocked(redis: Redis, readers: int = 1) -> None:
+    """Returns when so many clients are blocked on Redis."""
+
+    async def enough() -> bool:
+        clients: dict[str, int] = await redis.info("clients")
+        return clients["blocked_clients"] >= readers
+
+    await until(enough)
+
+
+class Ender(FakeConsumer):
+    """Takes the next job and ends it as a consumer does, keeping the request without its signatures."""
+
+    async def take_next(self) -> tuple[Lease, Delivery]:
+        delivery = await self.read_one()
+        lease, begun = await self.begin(delivery)
+        assert begun.verdict == "ok"
+        return lease, delivery
+
+    async def run_next(self) -> tuple[Lease, Delivery]:
+        lease, delivery = await self.take_next()
+        await self.leases.start(lease, event_kit.started(lease.job_id))
+        return lease, delivery
+
+    async def end(self, lease: Lease, delivery: Delivery, event: SucceededEvent | FailedEvent) -> None:
+        request = decode_entry(delivery.fields).request
+        assert request is not None
+        state = JobState.SUCCEEDED if isinstance(event, SucceededEvent) else JobState.FAILED
+        dead = isinstance(event, FailedEvent)
+        await self.leases.finish(lease, state, event, request.redacted().encode(), dead=dead)
+
+    async def fail_next(self, run: int = 1, **what: Any) -> FailedEvent:
+        lease, delivery = await self.run_next()
+        event = event_kit.failed(lease.job_id, run=run, **what)
+        await self.end(lease, delivery, event)
+        return event
+
+    async def succeed_next(self, run: int = 1) -> SucceededEvent:
+        lease, delivery = await self.run_next()
+        event = event_kit.succeeded(lease.job_id, run=run)
+        await self.end(lease, delivery, event)
+        return event

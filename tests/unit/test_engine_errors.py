@@ -1,0 +1,267 @@
+"""What goes wrong while loading, preparing and drawing, and that the engine draws on afterwards."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from consumer.engine import LoraFile, PreparedLoras, StockEngine
+from consumer.errors import AttemptTimeout, GenerationFailed, GpuOutOfMemory, JobCancelled, LoraInvalid, ModelBroken
+from consumer.lora.deltas import Delta, ParsedLora
+from consumer.lora.weights import PatchableWeights
+from consumer.pipeline import decode, describe, load_pipeline
+from demo import loras, tiny_sdxl
+from schemas.events import AppliedLora
+from schemas.requests import GenerationRequest, LoraRef
+
+# diffusers' scheduler and numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+REQUEST = GenerationRequest(job_id="job-1", prompt="a red flower", seed=1, width=512, height=512, steps=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Stopped(Exception):
+    """Ends a picture after its first step."""
+
+
+def stop(step: int, total: int) -> None:
+    raise Stopped(f"{step}/{total}")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder: Path) -> Any:
+    return load_pipeline(str(model_folder), None, torch.device("cpu"), torch.float32, None)
+
+
+@pytest.fixture(scope="module")
+def engine(pipeline: Any) -> StockEngine:
+    return StockEngine(pipeline, "tiny-sdxl")
+
+
+@pytest.fixture(scope="module")
+def prepared(engine: StockEngine, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedLoras:
+    path = tmp_path_factory.mktemp("loras") / "full.safetensors"
+    loras.write_peft(path, loras.shapes_of(model_folder).weights, seed=1, strength=0.5)
+    return engine.prepare([LoraFile(path, LoraRef(key="loras/full.safetensors"))])
+
+
+@pytest.fixture
+def files_weights(model_folder: Path) -> Callable[[Any], int]:
+    """Counts the UNet's weights that are not those in the file."""
+    stored = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return lambda pipeline: sum(int((w != stored[name]).sum()) for name, w in pipeline.unet.state_dict().items())
+
+
+@contextmanager
+def failing(module: torch.nn.Module, error: Exception) -> Iterator[None]:
+    """Every call of the module raises."""
+
+    def hook(*_: Any) -> None:
+        raise error
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_the_engine_says_what_it_draws_with(model_folder: Path, engine: StockEngine) -> None:
+    loaded = StockEngine.load(str(model_folder), device="cpu", dtype="bfloat16")
+    assert (loaded.base_model, loaded.gpu) == ("tiny-sdxl", "cpu")
+    assert engine.base_model == "tiny-sdxl"
+
+
+def test_another_autoencoder_can_be_put_in(model_folder: Path) -> None:
+    StockEngine.load(str(model_folder), vae=str(model_folder / "vae"), device="cpu", dtype="float32")
+    with pytest.raises(ModelBroken):
+        StockEngine.load(str(model_folder), vae=str(model_folder / "unet"), device="cpu", dtype="float32")
+
+
+def test_a_half_precision_autoencoder_that_overflows_decodes_in_float32(model_folder: Path) -> None:
+    pipeline = load_pipeline(str(model_folder), None, torch.device("cpu"), torch.float16, None)
+    assert pipeline.vae.dtype == torch.float32
+    assert pipeline.unet.dtype == pipeline.text_encoder_2.dtype == torch.float16
+
+
+def test_a_model_of_pickles_is_not_loaded(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ModelBroken):
+        StockEngine.load(str(folder), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "text_encoder/model.safetensors"])
+def test_a_model_with_a_part_missing_is_broken_and_no_path_is_told(
+    model_folder: Path, tmp_path: Path, missing: str
+) -> None:
+    folder = tmp_path / "partial"
+    shutil.copytree(model_folder, folder)
+    (folder / missing).unlink()
+    with pytest.raises(ModelBroken) as failure:
+        StockEngine.load(str(folder), device="cpu", dtype="float32")
+    assert str(tmp_path) not in str(failure.value)
+
+
+def test_a_model_of_another_architecture_is_broken(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(model_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "text_encoder_2"}))
+    with pytest.raises(ModelBroken):
+        StockEngine.load(str(folder), device="cpu", dtype="float32")
+
+
+def test_preparing_touches_no_weight_and_tells_what_was_skipped(
+    engine: StockEngine, pipeline: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    shapes = loras.shapes_of(model_folder)
+    modules = {"unet.conv_in": shapes.weights["unet.conv_in"], "unet.no.such": (4, 4)}
+    path = loras.write_peft(tmp_path / "x", modules, seed=1, strength=0.5)
+    before = PatchableWeights(pipeline)
+    ref = LoraRef(url="https://host.example/loras/ink.safetensors?X-Amz-Signature=s", scale=0.5, version="v2")
+    prepared = engine.prepare([LoraFile(path, ref)])
+    assert before.changed() == []
+    ((parsed, applied),) = prepared.loras
+    assert [delta.module for delta in parsed.deltas] == ["unet.conv_in"]
+    assert applied == AppliedLora(name="ink.safetensors", version="v2", scale=0.5, modules=1, skipped=3)
+    assert prepared.warnings[0].startswith("ink.safetensors: 3 tensors match nothing in the model: unet.no.such.")
+
+
+def test_a_lora_that_is_none_is_refused_when_prepared(engine: StockEngine, tmp_path: Path) -> None:
+    with pytest.raises(LoraInvalid):
+        engine.prepare([LoraFile(loras.write_sd15(tmp_path / "sd15"), LoraRef(key="sd15"))])
+
+
+@pytest.mark.parametrize(
+    "error", [JobCancelled("running"), AttemptTimeout("too long"), OSError("no"), KeyboardInterrupt()]
+)
+def test_what_a_step_raises_passes_through_and_the_next_picture_is_exact(
+    engine: StockEngine,
+    pipeline: Any,
+    prepared: PreparedLoras,
+    files_weights: Callable[[Any], int],
+    error: BaseException,
+) -> None:
+    def on_step(step: int, total: int) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        engine.generate(REQUEST, prepared, on_step)
+    assert raised.value is error
+    with pytest.raises(Stopped, match="1/20"):
+        engine.generate(REQUEST, PreparedLoras(), stop)
+    assert files_weights(pipeline) == 0
+
+
+def test_a_full_gpu_is_told_as_one_and_the_weights_are_restored(
+    engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
+) -> None:
+    with (
+        failing(pipeline.unet, torch.cuda.OutOfMemoryError("CUDA out of memory")),
+        pytest.raises(GpuOutOfMemory) as full,
+    ):
+        engine.generate(REQUEST, prepared, stop)
+    assert full.value.__context__ is None  # a traceback would keep what filled the memory
+    assert files_weights(pipeline) == 0
+
+
+def test_a_failing_model_is_a_failed_generation_without_paths_or_secrets(
+    engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
+) -> None:
+    error = RuntimeError("broken at /root/models/unet.py: https://host.example/m?token=abc")
+    with failing(pipeline.unet, error), pytest.raises(GenerationFailed) as failed:
+        engine.generate(REQUEST, prepared, stop)
+    assert str(failed.value) == "Inference failed: RuntimeError: broken at [path]: https://host.example/m"
+    assert files_weights(pipeline) == 0
+
+
+def test_a_failure_while_patching_is_a_failed_generation(
+    engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
+) -> None:
+    ((parsed, applied),) = prepared.loras
+    broken = ParsedLora((*parsed.deltas, Delta("unet.conv_out", torch.ones(1, 3), torch.ones(5, 1), 1.0)))
+    with pytest.raises(GenerationFailed):
+        engine.generate(REQUEST, PreparedLoras(((broken, applied),)), stop)
+    assert files_weights(pipeline) == 0
+
+
+def test_a_device_that_is_lost_is_a_broken_model(engine: StockEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    weights = PatchableWeights.__new__(PatchableWeights)
+    monkeypatch.setattr(weights, "patch", lambda loras: lost(), raising=False)
+    monkeypatch.setattr(weights, "restore", lost, raising=False)
+    monkeypatch.setattr(engine, "_weights", weights)
+    with pytest.raises(ModelBroken, match="illegal memory access"):
+        engine.generate(REQUEST, PreparedLoras(), stop)
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), -1e3])
+def test_a_nan_or_black_image_is_a_failed_generation(pipeline: Any, bias: float) -> None:
+    last = pipeline.vae.decoder.conv_out.bias
+    kept = last.detach().clone()
+    try:
+        with torch.no_grad():
+            last.fill_(bias)
+        with pytest.raises(GenerationFailed, match="black" if bias < 0 else "NaN"):
+            decode(pipeline, torch.randn(1, 4, 8, 8))
+    finally:
+        with torch.no_grad():
+            last.copy_(kept)
+
+
+def test_latents_with_statistics_of_their_own_are_unscaled_as_the_stock_pipeline_does(pipeline: Any) -> None:
+    vae, latents = pipeline.vae, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+    by_hand = latents * torch.tensor(std).view(1, 4, 1, 1) + torch.tensor(mean).view(1, 4, 1, 1) * 0.13025
+    expected = decode(pipeline, by_hand)
+    kept = vae.config.latents_mean, vae.config.latents_std
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    try:
+        assert np.abs(decode(pipeline, latents).astype(int) - expected).max() <= 1
+    finally:
+        vae.register_to_config(latents_mean=kept[0], latents_std=kept[1])
+
+
+def test_warming_up_draws_and_a_model_that_cannot_is_broken(engine: StockEngine, pipeline: Any) -> None:
+    engine.warm_up()
+    with failing(pipeline.unet, RuntimeError("no kernel")), pytest.raises(ModelBroken, match="no kernel"):
+        engine.warm_up()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no file /home/me/.cache/x.bin here", "no file [path] here"),
+        ("'/a/b c'", "'[path] c'"),
+        ("shapes 3/4 and a/b stay", "shapes 3/4 and a/b stay"),
+        ("see https://hub.example/api/x?token=s", "see https://hub.example/api/x"),
+    ],
+)
+def test_errors_of_libraries_are_told_without_paths(text: str, told: str) -> None:
+    assert describe(ValueError(text)) == f"ValueError: {told}"
