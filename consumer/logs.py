@@ -15,7 +15,8 @@ Processor = structlog.typing.Processor
 
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """A structlog processor that lets no signature or credential through. Stands behind what renders tracebacks."""
-    return {key: redact_value(value) for key, value in event.items()}
+    redacted: MutableMapping[str, Any] = redact_value(event)
+    return redacted
 
 
 def configure(level: int = logging.INFO) -> None:

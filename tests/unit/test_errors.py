@@ -1,5 +1,6 @@
 import inspect
 import re
+from typing import Any
 
 import pytest
 
@@ -26,8 +27,8 @@ CONTRACT = {
 
 
 def made(kind: type[WorkerError]) -> WorkerError:
-    takes_retry_after = "retry_after_s" in inspect.signature(kind).parameters
-    return kind("why", retry_after_s=0) if takes_retry_after else kind("why")
+    extra: dict[str, Any] = {"retry_after_s": 0} if "retry_after_s" in inspect.signature(kind).parameters else {}
+    return kind("why", **extra)
 
 
 def leaves() -> list[type[WorkerError]]:

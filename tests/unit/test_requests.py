@@ -506,9 +506,9 @@ def test_another_body_has_another_fingerprint(fields: dict[str, Any]) -> None:
 
 def test_a_request_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        request().steps = 30
+        request().__setattr__("steps", 30)
     with pytest.raises(ValidationError, match="frozen"):
-        LoraRef(key="a").key = "b"
+        LoraRef(key="a").__setattr__("key", "b")
 
 
 @pytest.mark.parametrize(("value", "valid"), [("a_B-9", True), ("a" * 64, True), ("", False), ("a" * 65, False)])
@@ -571,7 +571,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-LORA_FIELDS = st.one_of(
+LORA_FIELDS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"lora_url": URLS}, optional={"lora_scale": st.floats(0, 1), "lora_version": texts()}),
     st.fixed_dictionaries(
         {"lora_key": OBJECT_KEYS}, optional={"lora_sha256": st.from_regex(r"[0-9a-fA-F]{64}", fullmatch=True)}

@@ -1,0 +1,152 @@
+"""The whole SDXL architecture with random weights, in float16 on a GPU: exact weights, exact base pictures."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from consumer.engine import LoraFile, PreparedLoras, StockEngine
+from consumer.errors import JobCancelled
+from consumer.lora.shapes import ModelShapes
+from demo import loras, tiny_sdxl
+from schemas.requests import GenerationRequest, LoraRef
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    tiny = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl.build(tmp_path_factory.mktemp("tiny")))
+    words = {"vocab_size": tiny.text_encoder.config.vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, **words
+            )
+        )
+        text_encoder_2 = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_attention_heads=20,
+                num_hidden_layers=32,
+                projection_dim=1280,
+                hidden_act="gelu",
+                **words,
+            )
+        )
+        torch.set_default_dtype(torch.float32)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=1024,
+            scaling_factor=0.13025,
+            force_upcast=True,
+        )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=tiny.tokenizer,
+        tokenizer_2=tiny.tokenizer_2,
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler.from_config(tiny.scheduler.config),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    yield pipeline
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(pipeline: Any) -> StockEngine:
+    return StockEngine(pipeline, "random-sdxl")
+
+
+def draw(engine: StockEngine, prepared: PreparedLoras, on_step: Any = lambda step, total: None) -> Any:
+    request = GenerationRequest(job_id="job-1", prompt="a red fox", seed=7, steps=20)
+    return engine.generate(request, prepared, on_step)
+
+
+@pytest.fixture(scope="module")
+def prepared(engine: StockEngine, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> list[PreparedLoras]:
+    folder = tmp_path_factory.mktemp("loras")
+    shapes = ModelShapes.of(pipeline)
+    everything = loras.attention_modules(shapes, text_encoders=True)
+    few = dict(list(loras.attention_modules(shapes).items())[:2])
+    files: list[Path] = [
+        loras.write_peft(folder / "all.safetensors", everything, rank=32, alpha=16.0, seed=1, strength=0.3),
+        loras.write_kohya(folder / "few.safetensors", few, shapes, rank=8, alpha=8.0, seed=2, strength=0.3),
+    ]
+    return [engine.prepare([LoraFile(path, LoraRef(key=path.name))]) for path in files]
+
+
+def test_base_pictures_are_pixel_equal_whatever_was_drawn_between(
+    engine: StockEngine, prepared: list[PreparedLoras]
+) -> None:
+    base = draw(engine, PreparedLoras())
+    assert base.pixels.shape == (1024, 1024, 3)
+    with_lora = draw(engine, prepared[0])
+    assert with_lora.loras[0].modules > 600
+    assert np.abs(with_lora.pixels.astype(int) - base.pixels).mean() > 1
+    few = draw(engine, prepared[1])
+    assert few.loras[0].modules == 2
+    assert np.array_equal(draw(engine, PreparedLoras()).pixels, base.pixels)
+    assert np.array_equal(draw(engine, prepared[0]).pixels, with_lora.pixels)
+
+
+def test_an_hundred_switches_change_no_weight(engine: StockEngine, prepared: list[PreparedLoras]) -> None:
+    weights = engine._weights
+    for number in range(100):
+        chosen = prepared[number % 2]
+        weights.patch([(parsed.deltas, applied.scale) for parsed, applied in chosen.loras])
+    assert len(weights.changed()) == 2
+    weights.restore()
+    assert weights.changed() == []
+
+
+def test_fusing_and_unfusing_the_usual_way_changes_weights(pipeline: Any) -> None:
+    """The reason for the pristine copies, beside them: W + d - d is not W in float16."""
+    weight = pipeline.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").weight.detach()
+    delta = torch.randn(weight.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).half() * 0.01
+    assert not torch.equal((weight + delta) - delta, weight)
+
+
+def test_a_job_stopped_between_steps_leaves_the_engine_usable(
+    engine: StockEngine, prepared: list[PreparedLoras]
+) -> None:
+    base = draw(engine, PreparedLoras())
+
+    def stop(step: int, total: int) -> None:
+        if step == 3:
+            raise JobCancelled("running")
+
+    with pytest.raises(JobCancelled):
+        draw(engine, prepared[0], stop)
+    assert np.array_equal(draw(engine, PreparedLoras()).pixels, base.pixels)
