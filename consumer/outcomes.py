@@ -28,7 +28,7 @@ from schemas.errors import ERROR_TABLE
 from schemas.events import CancelledData, FailedData, RetryingData, SucceededData
 from schemas.keys import JobState
 from schemas.redact import redact_bytes
-from schemas.requests import RequestError
+from schemas.requests import MAX_PAYLOAD_BYTES, RequestError
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +155,7 @@ class Outcomes:
     async def _finish(
         self, lease: Lease, entry: RequestEntry, state: JobState, event: events.TerminalEvent, *, dead: bool
     ) -> None:
-        payload = entry.request.redacted().encode() if entry.request else redact_bytes(entry.raw)
+        payload = entry.request.redacted().encode() if entry.request else redact_bytes(entry.raw[:MAX_PAYLOAD_BYTES])
         held = await until_answered(lambda: self._leases.finish(lease, state, event, payload, dead=dead), what="finish")
         if held is Held.LOST:
             log.warning("lease.lost", unpublished=event.type)

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import structlog
 from redis.exceptions import RedisError
 
-from consumer.artifacts import Artifacts
 from consumer.attempt import Attempt
 from consumer.engine import Engine, GeneratedImage, LoraFile, PreparedLoras
 from consumer.images import encode_png
@@ -27,7 +26,7 @@ from consumer.queue import Held, Leases
 from consumer.storage import StoredArtifact
 from schemas import events
 from schemas.events import GenerationMetadata, ModelInfo, StartedData, SucceededData, Timings
-from schemas.requests import LoraRef
+from schemas.requests import GenerationRequest, LoraRef
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +35,16 @@ class Fetcher(Protocol):
     """Brings a LoRA's file onto this machine; it stays readable inside the context."""
 
     def fetch(self, ref: LoraRef) -> AbstractAsyncContextManager[Path]: ...
+
+
+class Sink(Protocol):
+    """Where pictures go; `consumer.artifacts.Artifacts` says what each method does."""
+
+    def check(self, attempt: Attempt) -> None: ...
+
+    def address(self, request: GenerationRequest) -> tuple[str | None, str | None]: ...
+
+    async def store(self, attempt: Attempt, png: bytes) -> StoredArtifact: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class Generated:
 class Stages:
     """The stages of every job of one consumer, around its one GPU."""
 
-    def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Artifacts, leases: Leases, consumer: str) -> None:
+    def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Sink, leases: Leases, consumer: str) -> None:
         self._engine = engine
         self._fetcher = fetcher
         self._artifacts = artifacts

@@ -177,7 +177,7 @@ class Worker:
         return await self._leases.begin(
             lease,
             run=entry.run,
-            payload=entry.raw,
+            payload=entry.raw if request is not None else b"",
             fingerprint=request.fingerprint() if request else "",
             max_attempts=self._settings.max_attempts,
             expires_at_ms=None if expires_at is None else int(expires_at.timestamp() * 1000),

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import structlog
 from botocore.exceptions import ClientError
@@ -17,7 +19,7 @@ from demo.checks import check_distinct, check_end, check_secrets, check_stored
 from demo.gallery import Totals, render
 from demo.jobs import EndedJob, plan
 from demo.servers import ServerFailed
-from demo.stack import BUCKET, CONSUMER_LOG, DATABASE, Stack, open_stack
+from demo.stack import BUCKET, CONSUMER_LOG, DATABASE, Interrupted, Stack, open_stack
 from demo.tour import run_jobs
 from producer.cli import output
 from producer.errors import ProducerError
@@ -26,19 +28,22 @@ from schemas.events import FailedEvent, SucceededEvent, TerminalEvent
 from schemas.redact import redact_value
 
 _BACKEND_LOG = "backend.log"
+_INTERRUPTED = 128 + signal.SIGINT
 
 
-def run(out: Path, gallery: Path, *, only: Collection[str] | None = None) -> int:
+def run(out: Path, gallery: Path, *, only: Collection[str] | None = None, stop: Event | None = None) -> int:
     """Runs the planned jobs, or those of them whose ids are in `only`. Empties `out`; writes there and to `gallery`.
 
-    Returns the exit status: 0 only if everything went as planned.
+    Returns the exit status: 0 only if everything went as planned. Once `stop` is set, everything is ended.
     """
     started = time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     try:
-        with _backend_logs_to(out / _BACKEND_LOG), open_stack(out, _say) as stack:
+        with _backend_logs_to(out / _BACKEND_LOG), open_stack(out, _say, stop or Event()) as stack:
             ends = _see_through(stack, only)
+    except Interrupted:
+        return _INTERRUPTED
     except (ServerFailed, ProducerError, RedisError) as error:
         sys.stderr.writelines(f"{output.visible(line)}\n" for line in str(error).splitlines())
         return 1

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from demo.servers import S3Server, ServerFailed, redis_server, s3_server
 from producer.settings import ProducerSettings
@@ -18,32 +20,40 @@ CONSUMER_LOG = "consumer.log"
 
 _MODEL = "tiny-sdxl"
 _LORAS = "loras"
+_DEVICE = "cpu"
 _MATERIALS_LOG = "materials.log"
 _ROOT = Path(__file__).resolve().parents[1]
 _MATERIALS_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 10.0
+_LOOK_S = 0.1
 _LOG_TAIL_CHARACTERS = 2000
 # What is set in the shell of whoever runs the demo belongs to another deployment.
 _FOREIGN = ("SDXL_", "R2_", "LORA_", "UPLOAD_", "WEBHOOK_", "AWS_", "REDIS_URL", "DATABASE_URL", "HUGGINGFACE_", "HF_")
 
 
+class Interrupted(Exception):
+    """Somebody wants the demo to end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What runs. `settings` and `urls` are the backend's."""
+    """What runs. `settings` and `urls` are the backend's. `stop`: set by whoever wants the demo to end."""
 
     settings: ProducerSettings
     urls: PresignedUrls
     s3: S3Server
     consumer: subprocess.Popen[bytes]
     consumer_log: Path
+    stop: Event
 
     @property
     def credentials(self) -> tuple[str, str]:
         """What signs the URLs, and must be found nowhere."""
         return self.s3.access_key, self.s3.secret_key
 
-    def check_consumer(self) -> None:
-        """Raises ServerFailed, with the tail of its log, if the consumer has ended."""
+    def check(self) -> None:
+        """Raises Interrupted, and ServerFailed, with the tail of its log, if the consumer has ended."""
+        _check_stop(self.stop)
         if self.consumer.poll() is not None:
             raise ServerFailed(
                 f"the consumer ended with status {self.consumer.returncode}:\n{_tail(self.consumer_log)}"
@@ -51,10 +61,10 @@ class Stack:
 
 
 @contextmanager
-def open_stack(out: Path, say: Callable[[str], None]) -> Iterator[Stack]:
+def open_stack(out: Path, say: Callable[[str], None], stop: Event) -> Iterator[Stack]:
     """Starts everything, with its files in the empty folder `out`; `say` gets a line for each thing that is ready.
 
-    All of it is gone when the block ends. Raises ServerFailed.
+    All of it is gone when the block ends. Raises ServerFailed, and Interrupted when `stop` is set.
     """
     with ExitStack() as running:
         writer = running.enter_context(
@@ -65,7 +75,7 @@ def open_stack(out: Path, say: Callable[[str], None]) -> Iterator[Stack]:
         s3 = running.enter_context(s3_server(out))
         s3.create_bucket(BUCKET)
         say(f"S3          {s3.url}, bucket {BUCKET}")
-        _wait_for_materials(writer, out / _MATERIALS_LOG)
+        _wait_for_materials(writer, out / _MATERIALS_LOG, stop)
         say("model       SDXL's architecture, tiny, random weights")
         say(f"LoRAs       {', '.join(_upload_loras(s3, out / _LORAS))}")
         environment = _environment(out, redis.url, s3)
@@ -77,7 +87,7 @@ def open_stack(out: Path, say: Callable[[str], None]) -> Iterator[Stack]:
         )
         # validated, not constructed: then nothing is read from this process's environment
         settings = ProducerSettings.model_validate(environment)
-        yield Stack(settings, urls, s3, consumer, consumer_log)
+        yield Stack(settings, urls, s3, consumer, consumer_log, stop)
 
 
 def _environment(out: Path, redis_url: str, s3: S3Server) -> dict[str, str]:
@@ -86,7 +96,7 @@ def _environment(out: Path, redis_url: str, s3: S3Server) -> dict[str, str]:
         "REDIS_URL": redis_url,
         "DATABASE_URL": f"sqlite:///{out / DATABASE}",
         "SDXL_MODEL": str(out / _MODEL),
-        "SDXL_DEVICE": "cpu",
+        "SDXL_DEVICE": _DEVICE,
         "SDXL_DTYPE": "float32",
         "LORA_ALLOW_LOOPBACK": "true",
         "LORA_CACHE_DIR": str(out / "lora-cache"),
@@ -110,13 +120,20 @@ def _upload_loras(s3: S3Server, folder: Path) -> list[str]:
     return [file.name for file in files]
 
 
-def _wait_for_materials(writer: subprocess.Popen[bytes], log: Path) -> None:
-    try:
-        status = writer.wait(_MATERIALS_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ServerFailed(f"the model was not written after {_MATERIALS_TIMEOUT_S:g} s") from None
+def _wait_for_materials(writer: subprocess.Popen[bytes], log: Path, stop: Event) -> None:
+    deadline = time.monotonic() + _MATERIALS_TIMEOUT_S
+    while (status := writer.poll()) is None:
+        _check_stop(stop)
+        if time.monotonic() > deadline:
+            raise ServerFailed(f"the model was not written after {_MATERIALS_TIMEOUT_S:g} s")
+        time.sleep(_LOOK_S)
     if status != 0:
         raise ServerFailed(f"the model could not be written, status {status}:\n{_tail(log)}")
+
+
+def _check_stop(stop: Event) -> None:
+    if stop.is_set():
+        raise Interrupted
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _TERMINAL = ("generation.succeeded", "generation.failed", "generation.cancelled"
 async def run_jobs(stack: Stack, jobs: Sequence[PlannedJob], say: Callable[[str], None]) -> dict[str, TerminalEvent]:
     """Submits the jobs, shows how they come along, and returns the terminal events that the listener has stored.
 
-    Raises ServerFailed if the consumer dies or hangs, and ProducerError where a job is not taken.
+    Raises ServerFailed if the consumer dies or hangs, Interrupted, and ProducerError where a job is not taken.
     """
     arrived: dict[str, TerminalEvent] = {}
     complete, stop = asyncio.Event(), asyncio.Event()
@@ -84,11 +84,10 @@ async def _follow(client: AsyncGenerationClient, job_ids: list[str]) -> None:
 
 async def _wait_until_known(client: AsyncGenerationClient, job_id: str) -> None:
     while True:
-        try:
+        with suppress(JobUnknown):
             await client.status(job_id)
             return
-        except JobUnknown:
-            await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _while_consumed(stack: Stack, work: Coroutine[Any, Any, None]) -> None:
@@ -97,7 +96,7 @@ async def _while_consumed(stack: Stack, work: Coroutine[Any, Any, None]) -> None
     deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
     try:
         while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
-            stack.check_consumer()
+            stack.check()
             if asyncio.get_running_loop().time() > deadline:
                 raise ServerFailed(
                     f"the consumer is not ready with it after {_TIMEOUT_S:g} s: see {stack.consumer_log}"

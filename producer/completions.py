@@ -15,9 +15,9 @@ from producer import scripts
 from producer.queue import StreamEntry
 from producer.stream_ids import stream_time
 from schemas.events import Event, EventError, decode_event
+from schemas.fields import is_job_id
 from schemas.keys import Keys
 from schemas.redact import redact_bytes
-from schemas.requests import is_job_id
 
 log = structlog.get_logger(__name__)
 

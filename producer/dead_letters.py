@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from producer.client import AsyncGenerationClient
+from producer.async_client import AsyncGenerationClient
 from producer.errors import JobUnknown, ProducerError
 from producer.queue import ProducerQueue, StreamEntry
 from producer.requests import follow_up

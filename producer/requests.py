@@ -11,7 +11,8 @@ from producer.errors import RequestRefused
 from producer.storage import PresignedUrls
 from schemas import strict_json
 from schemas.errors import ErrorCode
-from schemas.requests import GenerationRequest, LoraRef, RequestError, decode_request, is_job_id
+from schemas.fields import is_job_id
+from schemas.requests import GenerationRequest, LoraRef, RequestError, decode_request
 
 _EXCLUSIVE = (("lora_url", "lora_key", "loras"), ("upload_url", "output_key"))
 

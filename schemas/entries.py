@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from schemas import strict_json
 from schemas.errors import ErrorCode
-from schemas.requests import GenerationRequest, RequestError, decode_request, is_job_id
+from schemas.fields import is_job_id
+from schemas.requests import GenerationRequest, RequestError, decode_request
 
 MAX_RUN = 2**31 - 1
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # https://www.w3.org/TR/trace-context/

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from schemas.events import CancelledEvent, FailedEvent, RetryingEvent, StartedEvent, SucceededEvent
 from schemas.field_notes import FIELD_NOTES
+from schemas.fields import JOB_ID_PATTERN
 from schemas.keys import CONSUMER_GROUP, DEFAULT_LISTENER_GROUP, DEFAULT_PREFIX, Keys, Priority
-from schemas.requests import JOB_ID_PATTERN, MAX_PAYLOAD_BYTES, VERSION, GenerationRequest
+from schemas.requests import MAX_PAYLOAD_BYTES, VERSION, GenerationRequest
 
 ASYNCAPI = "asyncapi.json"
 EXAMPLES = "examples"

@@ -3,16 +3,10 @@
 import hashlib
 import json
 import re
-import unicodedata
-from datetime import UTC, datetime
 from typing import Annotated, Any, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
-    AfterValidator,
-    AwareDatetime,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -20,23 +14,30 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from schemas import strict_json
 from schemas.errors import ErrorCode
+from schemas.fields import (
+    PROMPT_ERROR,
+    JobId,
+    NegativePrompt,
+    ObjectKey,
+    Prompt,
+    Scale,
+    Sha256,
+    Side,
+    Text,
+    Time,
+    Url,
+    refuse,
+)
 from schemas.redact import without_query
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_METADATA_BYTES = 4 * 1024
 MAX_LORAS = 4
-SIDES = (512, 768, 1024, 1344, 1536)
-JOB_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
-_PROMPT_ERROR = "invalid_prompt"
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.IGNORECASE | re.ASCII)
-_URL = re.compile(r"[a-z][a-z0-9+.-]*:[!-\[\]-~]+", re.IGNORECASE | re.ASCII)  # printable, without the backslash
 _FIELD_NAME = re.compile(r"[A-Za-z_]{1,32}[0-9]{0,3}")
 
 
@@ -59,101 +60,14 @@ class RequestError(ValueError):
             {"field": ".".join(map(_shown, report["loc"])) or "request", "problem": report["msg"]}
             for report in reports[:20]
         ]
-        only_prompt = all(report["type"] == _PROMPT_ERROR for report in reports)
+        only_prompt = all(report["type"] == PROMPT_ERROR for report in reports)
         code = ErrorCode.INVALID_PROMPT if only_prompt else ErrorCode.INVALID_REQUEST
         return cls(code, "; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems[:3]), problems)
-
-
-def is_job_id(value: object) -> bool:
-    """Whether `value` may serve as a job's id."""
-    return isinstance(value, str) and _JOB_ID.fullmatch(value) is not None
 
 
 def _shown(part: int | str) -> str:
     # An unknown field is named to whoever mistyped it, unless its name looks like anything but a name.
     return str(part) if isinstance(part, int) or _FIELD_NAME.fullmatch(part) else "?"
-
-
-def _refuse(kind: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, message)
-
-
-def _check_storable(value: str) -> str:
-    if "\0" in value:
-        raise _refuse("nul", "has a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _refuse("surrogate", "has a lone surrogate")
-    return value
-
-
-def _check_printable(prompt: str) -> str:
-    for character in prompt:
-        if unicodedata.category(character) == "Cc" and character not in "\n\t":
-            raise _refuse(_PROMPT_ERROR, f"has the control character U+{ord(character):04X}")
-    return prompt
-
-
-def _check_prompt(prompt: str) -> str:
-    # Cf holds the zero-width characters; combining marks alone draw nothing either.
-    if all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc", "Mn", "Me") for character in prompt):
-        raise _refuse(_PROMPT_ERROR, "is blank")
-    return _check_printable(prompt)
-
-
-def _check_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        has_userinfo = "@" in parts.netloc
-        _ = parts.port  # raises where the port is no port
-    except ValueError:
-        raise _refuse("url", "is not a URL") from None
-    if not _URL.fullmatch(url) or (parts.scheme in ("http", "https") and not parts.hostname):
-        raise _refuse("url", "is not a URL")
-    if has_userinfo:
-        raise _refuse("url", "has userinfo")
-    return url
-
-
-def _check_object_key(key: str) -> str:
-    if ".." in key or key.startswith("/") or any(unicodedata.category(character) == "Cc" for character in key):
-        raise _refuse("object_key", "is not an object key: no '..', no leading '/', no control characters")
-    if len(key.encode()) > 1024:
-        raise _refuse("object_key", "is longer than 1024 bytes")
-    return key
-
-
-def _check_side(side: int) -> int:
-    if side not in SIDES:
-        raise _refuse("side", f"must be one of {', '.join(map(str, SIDES))}")
-    return side
-
-
-def _read_rfc3339(value: object) -> object:
-    # pydantic alone would also read unix times written as strings
-    if not isinstance(value, str):
-        return value
-    if not _RFC3339.fullmatch(value):
-        raise _refuse("time", "is not an RFC 3339 time")
-    try:
-        return datetime.fromisoformat(value.upper())
-    except ValueError:
-        raise _refuse("time", "is not an RFC 3339 time") from None
-
-
-def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        raise _refuse("time", "is out of range") from None
-
-
-Time = Annotated[AwareDatetime, BeforeValidator(_read_rfc3339), AfterValidator(_in_utc)]
-Text = Annotated[str, AfterValidator(_check_storable)]
-Url = Annotated[str, AfterValidator(_check_url)]
-ObjectKey = Annotated[str, Field(min_length=1), AfterValidator(_check_object_key)]
-Scale = Annotated[float, Field(ge=0.0, le=1.0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
-Side = Annotated[int, AfterValidator(_check_side), Field(json_schema_extra={"enum": list(SIDES)})]
 
 
 class _Wire(BaseModel):
@@ -179,7 +93,7 @@ class LoraRef(_Wire):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.url is None) == (self.key is None):
-            raise _refuse("lora_source", "needs either a url or a key")
+            raise refuse("lora_source", "needs either a url or a key")
         return self
 
     @property
@@ -197,9 +111,9 @@ class GenerationRequest(_Wire):
     """One picture to make, version 1 of the contract."""
 
     v: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
-    job_id: Annotated[str, Field(pattern=JOB_ID_PATTERN)]
-    prompt: Annotated[str, Field(max_length=4000), AfterValidator(_check_prompt)]
-    negative_prompt: Annotated[str, Field(max_length=4000), AfterValidator(_check_printable)] = ""
+    job_id: JobId
+    prompt: Prompt
+    negative_prompt: NegativePrompt = ""
     lora_url: Url | None = None
     lora_key: ObjectKey | None = None
     lora_scale: Scale = 1.0
@@ -225,25 +139,25 @@ class GenerationRequest(_Wire):
         try:
             strict_json.check(metadata, strict_json.MAX_DEPTH - 1)
         except strict_json.StrictJsonError as error:
-            raise _refuse("metadata", str(error)) from None
+            raise refuse("metadata", str(error)) from None
         text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) > MAX_METADATA_BYTES:
-            raise _refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
+            raise refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
         if "\\u0000" in text.replace("\\\\", ""):
-            raise _refuse("metadata", "has a NUL character")
+            raise refuse("metadata", "has a NUL character")
         return metadata
 
     @model_validator(mode="after")
     def _check_exclusions(self) -> Self:
         if self.lora_url is not None and self.lora_key is not None:
-            raise _refuse("exclusive", "lora_url excludes lora_key")
+            raise refuse("exclusive", "lora_url excludes lora_key")
         if self.loras and (self.lora_url is not None or self.lora_key is not None):
-            raise _refuse("exclusive", "loras excludes lora_url and lora_key")
+            raise refuse("exclusive", "loras excludes lora_url and lora_key")
         if self.upload_url is not None and self.output_key is not None:
-            raise _refuse("exclusive", "upload_url excludes output_key")
+            raise refuse("exclusive", "upload_url excludes output_key")
         sources = [lora.source for lora in self.loras]
         if len(set(sources)) != len(sources):
-            raise _refuse("loras", "loras names the same LoRA twice")
+            raise refuse("loras", "loras names the same LoRA twice")
         return self
 
     @property

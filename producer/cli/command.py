@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from producer.async_client import AsyncGenerationClient
 from producer.cli import output
-from producer.client import AsyncGenerationClient
 from producer.errors import JobUnknown, ProducerError, RequestRefused
 from producer.settings import ProducerSettings
 from schemas import strict_json

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 from redis.exceptions import RedisError
 
+from producer.async_client import AsyncGenerationClient
 from producer.cli import output
 from producer.cli.command import AsJson, BadUsage, Status, error_document, explain, open_client, parse_json, status_of
 from producer.cli.wait import wait_for
-from producer.client import AsyncGenerationClient
 from producer.errors import ProducerError, RequestRefused
 from producer.jobs import Job
 from producer.requests import RequestFields, make_request

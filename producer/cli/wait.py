@@ -10,10 +10,10 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from producer.async_client import AsyncGenerationClient
 from producer.cli import output
 from producer.cli.command import AsJson, Status, open_client, tell
 from producer.cli.jobs import retry_advice
-from producer.client import AsyncGenerationClient
 from producer.errors import JobUnknown, ProducerError, WaitTimeout
 from producer.jobs import Progress
 from schemas.events import CancelledEvent, FailedEvent, SucceededEvent, TerminalEvent

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from wire_kit import BUCKET, consuming
 
 from demo import loras, tiny_sdxl
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
+from tests.integration.wire_kit import BUCKET, consuming
 
 pytestmark = [
     pytest.mark.gpu,

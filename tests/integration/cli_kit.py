@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import structlog
-from client_kit import Ender, a_redis
 from typer.testing import CliRunner
 
 from demo.servers import RedisServer
 from producer.cli.app import app
 from schemas.keys import Keys
+from tests.integration.client_kit import Ender, a_redis
 
 
 class Cli:

@@ -5,8 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import event_kit
-from queue_kit import FakeConsumer
 from redis.asyncio import Redis
 
 from consumer.queue import Delivery, Lease
@@ -14,6 +12,8 @@ from producer.client import AsyncGenerationClient
 from schemas.entries import decode_entry
 from schemas.events import FailedEvent, SucceededEvent
 from schemas.keys import JobState, Keys
+from tests import event_kit
+from tests.integration.queue_kit import FakeConsumer
 
 T = TypeVar("T")
 PATIENCE_S = 20.0

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Cli, a_cli
-from client_kit import CANARY, FOREIGN_URL, Ender
 
 from demo.servers import RedisServer
 from schemas.entries import decode_entry
 from schemas.keys import Keys, Priority
 from schemas.requests import GenerationRequest
+from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender
 
 ACTS = "[red]fox[/red] :smile: \x1b[31m\x9b2J\u202e"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import Cli, a_cli
-from client_kit import CANARY, FOREIGN_URL, Ender, a_client
 
 from demo.servers import RedisServer
 from schemas.keys import Keys, Priority
+from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
 
 
 @pytest.fixture

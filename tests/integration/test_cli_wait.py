@@ -10,13 +10,13 @@ import termios
 from collections.abc import Iterator
 from pathlib import Path
 
-import event_kit
 import pytest
-from cli_kit import Cli, a_cli
-from client_kit import Ender, a_client, a_redis
 
 from demo.servers import RedisServer
 from schemas.keys import Keys
+from tests import event_kit
+from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.client_kit import Ender, a_client, a_redis
 
 
 @pytest.fixture

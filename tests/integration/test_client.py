@@ -5,9 +5,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import event_kit
 import pytest
-from client_kit import CANARY, FOREIGN_URL, Ender, a_client
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
@@ -19,6 +17,8 @@ from schemas.entries import decode_entry
 from schemas.errors import ErrorCode
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
+from tests import event_kit
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from client_kit import CANARY, FOREIGN_URL, Ender, a_client
-from queue_kit import completions, job, let_lease_run_out, publish, retrying, where_is
 from redis.asyncio import Redis
 
 from demo.servers import RedisServer
@@ -14,6 +12,8 @@ from producer.errors import JobUnknown
 from producer.jobs import CancelOutcome, CancelVerdict
 from schemas.keys import JobState, Keys
 from schemas.requests import GenerationRequest
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.queue_kit import completions, job, let_lease_run_out, publish, retrying, where_is
 
 
 @pytest.fixture

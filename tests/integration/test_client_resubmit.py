@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from client_kit import CANARY, FOREIGN_URL, Ender, a_client
 from redis.asyncio import Redis
 
 from demo.servers import RedisServer
@@ -16,6 +15,7 @@ from producer.storage import PresignedUrls
 from schemas.entries import RequestEntry, decode_entry
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
 
 _storage = PresignedUrls(
     endpoint_url="https://account.r2.example", bucket="pictures", access_key_id="id", secret_access_key="secret"

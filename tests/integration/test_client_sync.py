@@ -6,18 +6,17 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-import event_kit
 import pytest
-from client_kit import Ender, a_client, a_redis
 
 from demo.servers import RedisServer
-from producer.client import AsyncGenerationClient
+from producer.client import AsyncGenerationClient, GenerationClient
 from producer.errors import JobConflict, JobFailed, JobUnknown, RequestRefused, WaitTimeout
 from producer.jobs import CancelVerdict, Job, Progress
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
-from producer.sync_client import GenerationClient
 from schemas.keys import JobState, Keys
+from tests import event_kit
+from tests.integration.client_kit import Ender, a_client, a_redis
 
 Consume = Callable[[Callable[[Ender], Coroutine[Any, Any, Any]]], Any]
 

@@ -4,10 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import event_kit
 import pytest
-from client_kit import Ender, a_client, a_redis, begun, blocked, until
-from queue_kit import publish
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from structlog.testing import capture_logs
@@ -21,6 +18,9 @@ from schemas.errors import ErrorCode
 from schemas.events import EventError
 from schemas.keys import JobState, Keys
 from schemas.requests import GenerationRequest
+from tests import event_kit
+from tests.integration.client_kit import Ender, a_client, a_redis, begun, blocked, until
+from tests.integration.queue_kit import publish
 
 
 @pytest.fixture

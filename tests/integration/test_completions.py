@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from event_kit import started
 from redis.asyncio import Redis
 
 from producer.completions import Completions
 from producer.queue import StreamEntry
 from schemas.keys import Keys
+from tests.event_kit import started
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from event_kit import failed
-from queue_kit import FakeConsumer, job, where_is
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -21,6 +19,8 @@ from schemas.entries import decode_entry
 from schemas.errors import ErrorCode
 from schemas.events import FailedEvent
 from schemas.keys import JobState, Keys, Priority
+from tests.event_kit import failed
+from tests.integration.queue_kit import FakeConsumer, job, where_is
 
 CANARY = "c0ffee5ec2e7"
 OWN = "https://store.example/bucket/loras/fox.safetensors"

@@ -3,7 +3,6 @@
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
-from queue_kit import FakeConsumer, a_request, publish, retrying
 from redis.asyncio import Redis
 
 from demo.servers import RedisServer
@@ -11,6 +10,7 @@ from producer.backlog import Backlog, read_backlog
 from producer.health import create_app
 from producer.settings import ProducerSettings
 from schemas.keys import Keys, Priority
+from tests.integration.queue_kit import FakeConsumer, a_request, publish, retrying
 
 
 async def test_an_empty_queue_asks_for_nobody(redis: Redis, keys: Keys) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import structlog
-from event_kit import failed, retrying, started, succeeded
 from redis.asyncio import Redis
 
 from demo.servers import RedisServer, redis_server
@@ -23,6 +22,7 @@ from producer.settings import ProducerSettings
 from producer.store import Store
 from schemas.events import Event, FailedEvent
 from schemas.keys import JobState, Keys
+from tests.event_kit import failed, retrying, started, succeeded
 
 PATIENCE_S = 20.0
 CANARY = "c0ffee5ec2e7"

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wire_kit import BUCKET, SMALL, Wire, consuming
 
 from demo import loras, tiny_sdxl
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
+from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming
 
 CANARY = "c4n4ryS1gnature"
 

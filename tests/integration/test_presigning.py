@@ -5,11 +5,11 @@ from urllib.parse import quote
 
 import aiohttp
 import pytest
-from s3_stub import ACCESS_KEY, SECRET_KEY, S3Stub, running_stub
 from yarl import URL
 
 from demo.servers import S3Server
 from producer.storage import PresignedUrls
+from tests.s3_stub import ACCESS_KEY, SECRET_KEY, S3Stub, running_stub
 
 KEY = "loras/ä cat+1.safetensors"
 

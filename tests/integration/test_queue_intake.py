@@ -4,11 +4,11 @@ import asyncio
 from collections import Counter
 
 import pytest
-from queue_kit import FakeConsumer, a_request, completions, job, let_lease_run_out, publish, retrying
 from redis.asyncio import Redis
 
 from consumer.queue import Held, Lease
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
+from tests.integration.queue_kit import FakeConsumer, a_request, completions, job, let_lease_run_out, publish, retrying
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from queue_kit import (
+from redis.asyncio import Redis
+
+from consumer.queue import Held
+from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
+from tests.integration.queue_kit import (
     FakeConsumer,
     a_request,
     cancelled,
@@ -17,10 +21,6 @@ from queue_kit import (
     started,
     where_is,
 )
-from redis.asyncio import Redis
-
-from consumer.queue import Held
-from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
 
 
 @pytest.fixture

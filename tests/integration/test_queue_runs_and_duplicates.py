@@ -1,10 +1,10 @@
 """Which entry owns a run, on a real Redis."""
 
 import pytest
-from queue_kit import FakeConsumer, a_request, completions, job, publish, where_is
 from redis.asyncio import Redis
 
 from schemas.keys import Keys
+from tests.integration.queue_kit import FakeConsumer, a_request, completions, job, publish, where_is
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from wire_kit import BUCKET, consuming
 
 from demo import tiny_sdxl
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
+from tests.integration.wire_kit import BUCKET, consuming
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeArtifacts, FakeEngine, FakeFetcher
-from queue_kit import a_request, completions, job, let_lease_run_out, publish, where_is
 from redis.asyncio import Redis
 
 from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, UploadInterrupted
@@ -21,6 +19,8 @@ from consumer.stages import Stages
 from consumer.worker import BLOCK_S, Worker
 from demo.servers import RedisServer, redis_server
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
+from tests.fakes import FakeArtifacts, FakeEngine, FakeFetcher
+from tests.integration.queue_kit import a_request, completions, job, let_lease_run_out, publish, where_is
 
 
 @dataclass

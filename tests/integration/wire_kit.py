@@ -114,7 +114,7 @@ def consuming(
     }
     with log.open("ab") as output:
         command = [sys.executable, "-m", "consumer"]
-        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=output, stderr=output)  # noqa: S603
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=output, stderr=output)
     redis = Redis.from_url(redis_at.url)
     try:
         yield Wire(redis, keys, s3, process, log)

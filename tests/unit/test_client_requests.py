@@ -9,7 +9,8 @@ import pytest
 from producer.errors import RequestRefused
 from producer.requests import RequestChanges, RequestFields, follow_up, make_request
 from schemas.errors import ErrorCode
-from schemas.requests import GenerationRequest, LoraRef, is_job_id
+from schemas.fields import is_job_id
+from schemas.requests import GenerationRequest, LoraRef
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SECRET = "X-Amz-Signature=canary"

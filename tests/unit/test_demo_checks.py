@@ -4,7 +4,6 @@ import hashlib
 from itertools import groupby
 from typing import Any
 
-import event_kit
 import pytest
 
 from demo.checks import check_distinct, check_end, check_secrets, check_stored
@@ -17,6 +16,7 @@ from producer.tables import image_row, job_row
 from schemas.errors import ErrorCode
 from schemas.events import AppliedLora, FailedEvent, ModelInfo, SucceededEvent, TerminalEvent
 from schemas.keys import JobState
+from tests import event_kit
 
 PNG = b"\x89PNG, let us say"
 
@@ -33,8 +33,8 @@ def request_of(job: PlannedJob) -> dict[str, Any]:
 
 
 def drawn(png: bytes = PNG, **more: Any) -> SucceededEvent:
-    digest = hashlib.sha256(png).hexdigest()
-    return event_kit.succeeded(image_sha256=digest, image_bytes=len(png), **{"image_size": (512, 512), **more})
+    fields = {"image_sha256": hashlib.sha256(png).hexdigest(), "image_bytes": len(png), "image_size": (512, 512)}
+    return event_kit.succeeded(**{**fields, **more})
 
 
 def refused(code: ErrorCode = ErrorCode.INVALID_REQUEST, retry_after: int | None = None) -> FailedEvent:
@@ -93,6 +93,10 @@ def test_a_refusal_as_planned_is_no_problem() -> None:
 @pytest.mark.parametrize("png", [None, b"", PNG + b"!"])
 def test_a_stored_picture_that_is_not_the_events_is_named(png: bytes | None) -> None:
     assert problems(drawn(), png=png) == ["job-1: the stored picture is not the one that the event names"]
+
+
+def test_a_picture_with_another_number_of_bytes_is_named() -> None:
+    assert problems(drawn(image_bytes=1)) == ["job-1: the stored picture is not the one that the event names"]
 
 
 def test_a_picture_of_another_size_is_named() -> None:

@@ -5,12 +5,12 @@ from base64 import b64decode
 from html.parser import HTMLParser
 from typing import Any
 
-import event_kit
 import pytest
 
 from demo.gallery import STAGES, Totals, render
 from demo.jobs import EndedJob, PlannedJob
 from schemas.events import AppliedLora, ModelInfo, TerminalEvent, Timings
+from tests import event_kit
 
 SCRIPT = "<script>alert('x')</script>"
 SIGNED = "https://r2.example/b/style.safetensors?X-Amz-Credential=AKIA&X-Amz-Signature=c0ffee"

@@ -60,7 +60,9 @@ def test_it_imports_and_registers_where_nothing_can_connect() -> None:
 
 
 def test_it_needs_no_gpu_stack_to_be_deployed() -> None:
-    program = "import sys, modal_app; print([name for name in ('torch', 'diffusers', 'consumer') if name in sys.modules])"
+    program = (
+        "import sys, modal_app; print([name for name in ('torch', 'diffusers', 'consumer') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

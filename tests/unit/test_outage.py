@@ -1,13 +1,14 @@
 import asyncio
 
 import pytest
-from redis.exceptions import BusyLoadingError, ConnectionError, NoPermissionError, ReadOnlyError, ResponseError
+from redis import exceptions
+from redis.exceptions import BusyLoadingError, NoPermissionError, ReadOnlyError, ResponseError
 
 from consumer import outage
 from consumer.outage import until_answered
 
 
-@pytest.mark.parametrize("kind", [ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError])
+@pytest.mark.parametrize("kind", [exceptions.ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError])
 async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outage, "_MAX_DELAY_S", 0.001)
     failures = [kind("away")] * 3
@@ -30,7 +31,7 @@ async def test_what_repeating_cannot_cure_is_raised() -> None:
 
 async def test_a_step_can_be_given_up() -> None:
     async def step() -> None:
-        raise ConnectionError("away")
+        raise exceptions.ConnectionError("away")
 
     task = asyncio.create_task(until_answered(step, what="step"))
     await asyncio.sleep(0.01)

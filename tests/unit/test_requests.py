@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from schemas.errors import ErrorCode
-from schemas.requests import GenerationRequest, LoraRef, RequestError, decode_request, is_job_id
+from schemas.fields import is_job_id
+from schemas.requests import GenerationRequest, LoraRef, RequestError, decode_request
 
 LORA = "https://account.r2.example/loras/style.safetensors"
 SIGNED = f"{LORA}?X-Amz-Expires=60&X-Amz-Signature=0f9e8d7c6b5a"

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from event_kit import NOW, cancelled, completion, failed, raw_completion, retrying, started, succeeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.dialects import postgresql
@@ -22,6 +21,7 @@ from producer.store import Store
 from producer.tables import METADATA
 from schemas.events import Event, SucceededEvent
 from schemas.keys import JobState
+from tests.event_kit import NOW, cancelled, completion, failed, raw_completion, retrying, started, succeeded
 
 CANARY = "c0ffee5ec2e7"
 QUERIES = {
