@@ -13,13 +13,8 @@ ONE_SEED = "One prompt, one seed"
 WAYS = "Other sizes, other ways in and out"
 REFUSED = "Refused, as planned"
 
-_LIGHTHOUSE = {
-    "prompt": "an old lighthouse by the sea at sunset, watercolor",
-    "seed": 7,
-    "width": 512,
-    "height": 512,
-    "steps": 20,
-}
+_SMALL = {"width": 512, "height": 512, "steps": 20}
+_LIGHTHOUSE = {**_SMALL, "prompt": "an old lighthouse by the sea at sunset, watercolor", "seed": 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,56 +69,36 @@ def _one_seed(urls: PresignedUrls) -> list[PlannedJob]:
 
 
 def _other_ways(urls: PresignedUrls) -> list[PlannedJob]:
-    small = {"width": 512, "height": 512, "steps": 20}
-    wide = {"width": 768, "height": 512, "steps": 20}
-    return [
-        PlannedJob(
-            "mountains-upload-url",
-            WAYS,
-            "Stored through the caller's own upload URL",
-            {
-                **small,
-                "prompt": "mountains in the mist, long exposure photograph",
-                "seed": 11,
-                "upload_url": urls.upload_url("handed-over/mountains.png"),
-            },
-        ),
-        PlannedJob(
-            "city-wide",
-            WAYS,
-            "768 × 512, with a LoRA by its key",
-            {
-                **wide,
-                "prompt": "a city at night under rain, cinematic light",
-                "seed": 21,
-                "lora_key": EMBER,
-                "lora_scale": 0.5,
-            },
-        ),
-        PlannedJob(
-            "garden-negative",
-            WAYS,
-            "A negative prompt and a strong guidance",
-            {
-                **small,
-                "prompt": "a garden of white flowers in spring, soft light",
-                "negative_prompt": "dark, blurry, smoke",
-                "cfg": 9.0,
-                "seed": 31,
-            },
-        ),
-        PlannedJob(
-            "forest-chosen-key",
-            WAYS,
-            "An object key of the caller's choice, a seed of the service's",
-            {
-                **small,
-                "prompt": "a quiet forest in autumn, oil painting",
-                "output_key": "galleries/autumn/forest.png",
-                "metadata": {"order": 1042},
-            },
-        ),
+    handed_over: dict[str, Any] = {
+        "prompt": "mountains in the mist, long exposure photograph",
+        "seed": 11,
+        "upload_url": urls.upload_url("handed-over/mountains.png"),
+    }
+    wide: dict[str, Any] = {
+        "prompt": "a city at night under rain, cinematic light",
+        "seed": 21,
+        "width": 768,
+        "lora_key": EMBER,
+        "lora_scale": 0.5,
+    }
+    negative: dict[str, Any] = {
+        "prompt": "a garden of white flowers in spring, soft light",
+        "negative_prompt": "dark, blurry, smoke",
+        "cfg": 9.0,
+        "seed": 31,
+    }
+    chosen_key: dict[str, Any] = {
+        "prompt": "a quiet forest in autumn, oil painting",
+        "output_key": "galleries/autumn/forest.png",
+        "metadata": {"order": 1042},
+    }
+    ways = [
+        ("mountains-upload-url", "Stored through the caller's own upload URL", handed_over),
+        ("city-wide", "768 × 512, with a LoRA by its key", wide),
+        ("garden-negative", "A negative prompt and a strong guidance", negative),
+        ("forest-chosen-key", "An object key of the caller's choice, a seed of the service's", chosen_key),
     ]
+    return [PlannedJob(job_id, WAYS, title, {**_SMALL, **fields}) for job_id, title, fields in ways]
 
 
 def _refused(urls: PresignedUrls) -> list[PlannedJob]:
