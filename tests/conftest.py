@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -34,6 +35,14 @@ def s3_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
     except ServerFailed as error:
         _missing(error)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny model, for reading only: who changes a model copies it first."""
+    from demo import tiny_sdxl  # brings torch, which most tests do without
+
+    return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny-sdxl")
 
 
 @pytest.fixture

@@ -43,9 +43,14 @@ def retrying(job_id: str = "job-1", run: int = 1, attempt: int = 1, error: str =
     return events.retrying(RetryingData(**data(job_id, run, attempt), **more), NOW)
 
 
-def failed(job_id: str = "job-1", run: int = 1, attempt: int = 1, error: str = "no") -> events.FailedEvent:
-    more: dict[str, Any] = {"error": error, "error_code": ErrorCode.GENERATION_FAILED, "retry_after": 30}
-    return events.failed(FailedData(**data(job_id, run, attempt), **more, dead_lettered=True), NOW)
+def failed(
+    job_id: str = "job-1", run: int = 1, attempt: int = 1, error: str = "no", dead: bool = True
+) -> events.FailedEvent:
+    more: dict[str, Any] = {"error": error, "error_code": ErrorCode.GENERATION_FAILED}
+    retry_after = 30 if dead else None
+    return events.failed(
+        FailedData(**data(job_id, run, attempt), **more, retry_after=retry_after, dead_lettered=dead), NOW
+    )
 
 
 def cancelled(job_id: str = "job-1", run: int = 1, attempt: int = 1) -> events.CancelledEvent:

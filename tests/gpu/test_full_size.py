@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from consumer.engine import LoraFile, PreparedLoras, StockEngine
 from consumer.errors import JobCancelled
 from consumer.lora.shapes import ModelShapes
-from demo import loras, tiny_sdxl
+from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
 
 pytestmark = [
@@ -24,8 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    tiny = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl.build(tmp_path_factory.mktemp("tiny")))
+def pipeline(tiny_model: Path) -> Iterator[Any]:
+    tiny = StableDiffusionXLPipeline.from_pretrained(tiny_model)
     words = {"vocab_size": tiny.text_encoder.config.vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo import loras, tiny_sdxl
+from demo import loras
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
 from tests.integration.wire_kit import BUCKET, consuming
@@ -18,14 +18,13 @@ pytestmark = [
 
 
 def test_jobs_with_and_without_a_lora_are_drawn_in_float16(
-    redis_at: RedisServer, s3_at: S3Server, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3_at: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
     s3_at.create_bucket(BUCKET)
-    model = tiny_sdxl.build(tmp_path / "tiny")
-    modules = loras.attention_modules(loras.shapes_of(model), text_encoders=True)
+    modules = loras.attention_modules(loras.shapes_of(tiny_model), text_encoders=True)
     path = loras.write_peft(tmp_path / "lora.safetensors", modules, seed=3, strength=0.8)
     on_gpu = {"SDXL_DEVICE": "cuda", "SDXL_DTYPE": "float16"}
-    with consuming(redis_at, s3_at, model, tmp_path, keys, **on_gpu) as wire:
+    with consuming(redis_at, s3_at, tiny_model, tmp_path, keys, **on_gpu) as wire:
         url = wire.upload(path, "loras/lora.safetensors")
         for job_id, fields in {"plain": {}, "with": {"lora_url": url}, "again": {}}.items():
             wire.add(job_id, **fields)

@@ -1,6 +1,5 @@
 """Runs commands in this process, against a Redis and a database of the test's own."""
 
-import asyncio
 import json
 import os
 from collections.abc import Callable, Coroutine, Iterator
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from demo.servers import RedisServer
 from producer.cli.app import app
 from schemas.keys import Keys
-from tests.integration.client_kit import Ender, a_redis
+from tests.integration.client_kit import Ender, T, consume
 
 
 class Cli:
@@ -42,14 +41,8 @@ class Cli:
         """The one document that the command prints with --json."""
         return json.loads(self.run(*arguments, "--json", **options))
 
-    def consume(self, what: Callable[[Ender], Coroutine[Any, Any, Any]]) -> Any:
-        """Lets a consumer do something, in an event loop of its own."""
-
-        async def with_redis() -> Any:
-            async with a_redis(self.environment["REDIS_URL"]) as redis:
-                return await what(Ender(redis, self.keys, "ann"))
-
-        return asyncio.run(with_redis())
+    def consume(self, what: Callable[[Ender], Coroutine[Any, Any, T]]) -> T:
+        return consume(self.environment["REDIS_URL"], self.keys, what)
 
 
 @contextmanager

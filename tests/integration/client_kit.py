@@ -57,6 +57,16 @@ async def blocked(redis: Redis, readers: int = 1) -> None:
     await until(enough)
 
 
+def consume(url: str, keys: Keys, what: Callable[["Ender"], Coroutine[Any, Any, T]]) -> T:
+    """Lets a consumer do something, in an event loop of its own."""
+
+    async def with_redis() -> T:
+        async with a_redis(url) as redis:
+            return await what(Ender(redis, keys, "ann"))
+
+    return asyncio.run(with_redis())
+
+
 class Ender(FakeConsumer):
     """Takes the next job and ends it as a consumer does, keeping the request without its signatures."""
 

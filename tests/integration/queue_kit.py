@@ -1,21 +1,18 @@
 """What the tests of the queue scripts share: consumers by name, requests, and a look at where a job is."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from redis.asyncio import Redis
 
 from consumer.queue import Begun, Delivery, Intake, Lease, Leases, Presence
-from schemas import events
 from schemas.entries import decode_entry
-from schemas.errors import ErrorCode
-from schemas.events import CancelledData, FailedData, RetryingData, StartedData
+from schemas.events import CancelledEvent, FailedEvent, RetryingEvent, StartedEvent
 from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
 from schemas.requests import GenerationRequest
-
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+from tests import event_kit
 
 
 def a_request(job_id: str = "job-1", **fields: Any) -> GenerationRequest:
@@ -26,39 +23,36 @@ async def publish(
     redis: Redis, keys: Keys, request: GenerationRequest, priority: Priority = Priority.NORMAL, run: int | None = None
 ) -> str:
     """A bare XADD, as a backend in any language does it."""
-    fields: dict[Any, Any] = {"payload": request.encode()}
-    if run is not None:
-        fields["run"] = str(run)
-    entry_id: bytes = await redis.xadd(keys.requests(priority), fields)
-    return entry_id.decode()
+    envelope = {} if run is None else {"run": str(run)}
+    return await add(redis, keys.requests(priority), {"payload": request.encode(), **envelope})
 
 
-def base_data(lease: Lease, attempt: int = 1, run: int = 1) -> dict[str, Any]:
-    return {"job_id": lease.job_id, "run": run, "attempt": attempt, "consumer": "c", "request_metadata": {}}
+async def add(redis: Redis, stream: str, fields: Mapping[Any, str | bytes]) -> str:
+    """The new entry's id."""
+    entry_id: Any = await redis.xadd(stream, dict(fields))
+    return str(entry_id.decode())
 
 
-def started(lease: Lease) -> events.StartedEvent:
-    return events.started(StartedData(**base_data(lease), queued=0.5), NOW)
+async def entries(redis: Redis, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """Ids and fields, the oldest first."""
+    reply: Any = await redis.xrange(stream)
+    return list(reply)
 
 
-def failed(lease: Lease, *, attempt: int = 1, run: int = 1, dead: bool = True) -> events.FailedEvent:
-    data = FailedData(
-        **base_data(lease, attempt, run),
-        error="no",
-        error_code=ErrorCode.GENERATION_FAILED,
-        retry_after=30 if dead else None,
-        dead_lettered=dead,
-    )
-    return events.failed(data, NOW)
+def started(lease: Lease) -> StartedEvent:
+    return event_kit.started(lease.job_id)
 
 
-def cancelled(lease: Lease) -> events.CancelledEvent:
-    return events.cancelled(CancelledData(**base_data(lease), stage="queued"), NOW)
+def failed(lease: Lease, **what: Any) -> FailedEvent:
+    return event_kit.failed(lease.job_id, **what)
 
 
-def retrying(lease: Lease) -> events.RetryingEvent:
-    data = RetryingData(**base_data(lease), error="no", error_code=ErrorCode.UPLOAD_FAILED, retry_after=0.1)
-    return events.retrying(data, NOW)
+def cancelled(lease: Lease) -> CancelledEvent:
+    return event_kit.cancelled(lease.job_id)
+
+
+def retrying(lease: Lease) -> RetryingEvent:
+    return event_kit.retrying(lease.job_id)
 
 
 @dataclass
@@ -119,17 +113,15 @@ async def job(redis: Redis, keys: Keys, job_id: str = "job-1") -> dict[str, str]
 
 
 async def completions(redis: Redis, keys: Keys) -> list[dict[str, Any]]:
-    reply: Any = await redis.xrange(keys.completions)
-    return [json.loads(fields[b"payload"]) for _, fields in reply]
+    return [json.loads(fields[b"payload"]) for _, fields in await entries(redis, keys.completions)]
 
 
 async def where_is(redis: Redis, keys: Keys, job_id: str = "job-1") -> list[str]:
     """The places that a job is in: stream, pending, delayed, done. There must be exactly one."""
     places = []
     for stream in keys.request_streams:
-        entries: Any = await redis.xrange(stream)
-        mine = [entry_id for entry_id, fields in entries if decode_entry(fields).job_id == job_id]
-        for entry_id in mine:
+        found = await entries(redis, stream)
+        for entry_id in [entry_id for entry_id, fields in found if decode_entry(fields).job_id == job_id]:
             pending = await redis.xpending_range(stream, CONSUMER_GROUP, entry_id, entry_id, 1)
             places.append("pending" if pending else "stream")
     if await redis.zscore(keys.delayed, job_id) is not None:

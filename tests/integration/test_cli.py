@@ -1,31 +1,24 @@
 """`publish`, `status`, `cancel` and `stats` on a real Redis: what they print, and their exit status."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from demo.servers import RedisServer
 from schemas.entries import decode_entry
-from schemas.keys import Keys, Priority
+from schemas.keys import Priority
 from schemas.requests import GenerationRequest
-from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.cli_kit import Cli
 from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender
+from tests.integration.queue_kit import entries
 
 ACTS = "[red]fox[/red] :smile: \x1b[31m\x9b2J\u202e"
 
 
-@pytest.fixture
-def cli(redis_at: RedisServer, keys: Keys, tmp_path: Path) -> Iterator[Cli]:
-    with a_cli(redis_at, keys, tmp_path) as cli:
-        yield cli
-
-
-async def requests_of(ann: Ender, priority: Priority = Priority.NORMAL) -> list[GenerationRequest | None]:
-    entries: Any = await ann.redis.xrange(ann.keys.requests(priority))
-    return [decode_entry(fields).request for _, fields in entries]
+async def requests_of(ann: Ender, priority: Priority = Priority.NORMAL) -> list[GenerationRequest]:
+    found = [decode_entry(fields).request for _, fields in await entries(ann.redis, ann.keys.requests(priority))]
+    assert None not in found
+    return [request for request in found if request]
 
 
 def test_publish_prints_nothing_but_the_job_id(cli: Cli) -> None:

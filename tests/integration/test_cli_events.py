@@ -4,22 +4,14 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from demo.servers import RedisServer
 from schemas.keys import Keys, Priority
-from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.cli_kit import Cli
 from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
-
-
-@pytest.fixture
-def cli(redis_at: RedisServer, keys: Keys, tmp_path: Path) -> Iterator[Cli]:
-    with a_cli(redis_at, keys, tmp_path) as cli:
-        yield cli
+from tests.integration.queue_kit import add, entries
 
 
 def a_dead_job(cli: Cli, job_id: str = "job-1", *options: str) -> str:
@@ -31,8 +23,8 @@ def a_dead_job(cli: Cli, job_id: str = "job-1", *options: str) -> str:
 
 
 async def runs(ann: Ender) -> list[tuple[str, str]]:
-    entries: Any = await ann.redis.xrange(ann.keys.requests(Priority.NORMAL))
-    return [(fields[b"job_id"].decode(), fields[b"run"].decode()) for _, fields in entries]
+    waiting = await entries(ann.redis, ann.keys.requests(Priority.NORMAL))
+    return [(fields[b"job_id"].decode(), fields[b"run"].decode()) for _, fields in waiting]
 
 
 def test_listen_stores_what_there_is_and_prints_a_line_for_each_event(cli: Cli) -> None:
@@ -102,10 +94,10 @@ def test_dead_letters_are_listed_and_shown_to_people_and_to_programs(cli: Cli) -
 
 
 def test_a_letter_that_cannot_be_read_is_shown_as_far_as_it_goes(cli: Cli) -> None:
-    async def bury(ann: Ender) -> Any:
-        return await ann.redis.xadd(ann.keys.dead, {"raw": b"\xff\x1b[31m", "source": "s", "died_at": "1000"})
+    async def bury(ann: Ender) -> str:
+        return await add(ann.redis, ann.keys.dead, {"raw": b"\xff\x1b[31m", "source": "s", "died_at": "1000"})
 
-    entry_id = cli.consume(bury).decode()
+    entry_id = cli.consume(bury)
     assert "cannot be read" in cli.run("dead", "list")
     assert "\\x1b[31m" in cli.run("dead", "show", entry_id)
     assert cli.run_json("dead", "show", entry_id)["raw"] == "\ufffd\x1b[31m"

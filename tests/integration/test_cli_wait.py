@@ -7,22 +7,14 @@ import pty
 import re
 import sys
 import termios
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from demo.servers import RedisServer
 from schemas.keys import Keys
 from tests import event_kit
-from tests.integration.cli_kit import Cli, a_cli
+from tests.integration.cli_kit import Cli
 from tests.integration.client_kit import Ender, a_client, a_redis
-
-
-@pytest.fixture
-def cli(redis_at: RedisServer, keys: Keys, tmp_path: Path) -> Iterator[Cli]:
-    with a_cli(redis_at, keys, tmp_path) as cli:
-        yield cli
 
 
 def test_wait_prints_a_line_for_each_end_and_the_worst_is_the_status(cli: Cli) -> None:

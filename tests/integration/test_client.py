@@ -1,7 +1,6 @@
 """The client's submissions, looks and cancellations on a real Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,17 +18,7 @@ from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
 from tests import event_kit
 from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
-
-
-@pytest.fixture
-async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenerationClient]:
-    async with a_client(redis_at.url, keys) as client:
-        yield client
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> Ender:
-    return Ender(redis, keys, "ann")
+from tests.integration.queue_kit import entries
 
 
 async def test_a_submitted_request_waits_in_the_stream_of_its_priority_under_an_id_of_its_own(
@@ -39,8 +28,7 @@ async def test_a_submitted_request_waits_in_the_stream_of_its_priority_under_an_
     other = await client.submit(prompt="a red fox", steps=30)
     assert one == Job(one.job_id, 1, JobState.QUEUED, duplicate=False)
     assert one.job_id != other.job_id
-    reply: Any = await redis.xrange(keys.requests(Priority.HIGH))
-    [(_, fields)] = reply
+    [(_, fields)] = await entries(redis, keys.requests(Priority.HIGH))
     assert decode_entry(fields).request == GenerationRequest(job_id=one.job_id, prompt="a red fox", steps=30)
 
 

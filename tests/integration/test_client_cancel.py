@@ -1,30 +1,17 @@
 """The client's cancellations on a real Redis, wherever the job is."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from demo.servers import RedisServer
 from producer.client import AsyncGenerationClient
 from producer.errors import JobUnknown
 from producer.jobs import CancelOutcome, CancelVerdict
 from schemas.keys import JobState, Keys
 from schemas.requests import GenerationRequest
-from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender
 from tests.integration.queue_kit import completions, job, let_lease_run_out, publish, retrying, where_is
-
-
-@pytest.fixture
-async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenerationClient]:
-    async with a_client(redis_at.url, keys) as client:
-        yield client
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> Ender:
-    return Ender(redis, keys, "ann")
 
 
 async def test_a_queued_job_is_cancelled_at_once_and_keeps_no_signature(

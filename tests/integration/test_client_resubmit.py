@@ -16,6 +16,7 @@ from schemas.entries import RequestEntry, decode_entry
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
 from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.queue_kit import entries
 
 _storage = PresignedUrls(
     endpoint_url="https://account.r2.example", bucket="pictures", access_key_id="id", secret_access_key="secret"
@@ -28,14 +29,8 @@ async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenera
         yield client
 
 
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> Ender:
-    return Ender(redis, keys, "ann")
-
-
 async def newest(redis: Redis, keys: Keys, priority: Priority = Priority.NORMAL) -> RequestEntry:
-    reply: Any = await redis.xrevrange(keys.requests(priority), count=1)
-    [(_, fields)] = reply
+    [*_, (_, fields)] = await entries(redis, keys.requests(priority))
     return decode_entry(fields)
 
 

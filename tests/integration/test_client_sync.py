@@ -1,9 +1,9 @@
 """The client for code without an event loop, on a real Redis."""
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
 from schemas.keys import JobState, Keys
 from tests import event_kit
-from tests.integration.client_kit import Ender, a_client, a_redis
+from tests.integration import client_kit
+from tests.integration.client_kit import Ender, a_client
 
 Consume = Callable[[Callable[[Ender], Coroutine[Any, Any, Any]]], Any]
 
@@ -29,16 +30,7 @@ def client(redis_at: RedisServer, keys: Keys) -> Iterator[GenerationClient]:
 
 @pytest.fixture
 def consume(redis_at: RedisServer, keys: Keys) -> Consume:
-    """Lets a consumer do something, in an event loop of its own."""
-
-    def run(what: Callable[[Ender], Coroutine[Any, Any, Any]]) -> Any:
-        async def with_redis() -> Any:
-            async with a_redis(redis_at.url) as redis:
-                return await what(Ender(redis, keys, "ann"))
-
-        return asyncio.run(with_redis())
-
-    return run
+    return partial(client_kit.consume, redis_at.url, keys)
 
 
 def test_a_job_is_submitted_looked_at_and_waited_for(client: GenerationClient, consume: Consume) -> None:

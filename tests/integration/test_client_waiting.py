@@ -1,7 +1,6 @@
 """Waiting for jobs on a real Redis: progress, ends, limits, and a Redis that goes away meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from structlog.testing import capture_logs
 
-from demo.servers import RedisServer, redis_server
+from demo.servers import redis_server
 from producer import waiting
 from producer.client import AsyncGenerationClient
 from producer.errors import JobCancelled, JobFailed, JobUnknown, WaitTimeout
@@ -24,15 +23,10 @@ from tests.integration.queue_kit import publish
 
 
 @pytest.fixture
-async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenerationClient]:
-    async with a_client(redis_at.url, keys) as client:
-        await client.submit(job_id="job-1", prompt="a fox")
-        yield client
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> Ender:
-    return Ender(redis, keys, "ann")
+async def client(client: AsyncGenerationClient) -> AsyncGenerationClient:
+    """The client, which has submitted job-1."""
+    await client.submit(job_id="job-1", prompt="a fox")
+    return client
 
 
 @pytest.fixture

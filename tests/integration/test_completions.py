@@ -9,6 +9,7 @@ from producer.completions import Completions
 from producer.queue import StreamEntry
 from schemas.keys import Keys
 from tests.event_kit import started
+from tests.integration.queue_kit import add, entries
 
 
 @pytest.fixture
@@ -28,13 +29,13 @@ def audit(redis: Redis, keys: Keys) -> Completions:
 
 
 async def publish(redis: Redis, keys: Keys, count: int = 1) -> list[str]:
-    fields: dict[Any, Any] = {"type": "generation.started", "job_id": "job-1", "payload": started().encode()}
-    return [(await redis.xadd(keys.completions, fields)).decode() for _ in range(count)]
+    fields: dict[str, str | bytes] = {"type": "generation.started", "job_id": "job-1", "payload": started().encode()}
+    return [await add(redis, keys.completions, fields) for _ in range(count)]
 
 
 async def age(redis: Redis, keys: Keys, owner: str, entry_ids: list[str]) -> None:
     """Lets an hour pass since these entries were delivered to `owner`."""
-    await redis.xclaim(keys.completions, "listeners", owner, 0, entry_ids, idle=3_600_000, justid=True)
+    await redis.xclaim(keys.completions, "listeners", owner, 0, [*entry_ids], idle=3_600_000, justid=True)
 
 
 async def pending(redis: Redis, keys: Keys, group: str = "listeners") -> int:
@@ -201,8 +202,7 @@ async def test_trimming_stops_at_the_oldest_entry_that_is_not_acknowledged(
     assert await ann.trim() == 0  # delivered, not acknowledged
     await ann.ack([there[0], there[1], there[3]])
     assert await ann.trim() == 2
-    left: Any = await redis.xrange(keys.completions)
-    assert [entry_id.decode() for entry_id, _ in left] == there[2:]
+    assert [entry_id.decode() for entry_id, _ in await entries(redis, keys.completions)] == there[2:]
     await ann.ack([there[2], there[4]])
     assert await ann.trim() == 2  # the last one delivered stays
     assert await redis.xlen(keys.completions) == 1
@@ -212,9 +212,8 @@ async def test_entries_of_one_millisecond_are_told_apart_by_their_sequence(
     redis: Redis, keys: Keys, ann: Completions
 ) -> None:
     await ann.ensure_group()
-    fields: dict[Any, Any] = {"payload": b"x"}
     for number in range(8, 13):  # 9 comes before 10, which text would not say
-        await redis.xadd(keys.completions, fields, id=f"1767323045000-{number}")
+        await redis.xadd(keys.completions, {"payload": b"x"}, id=f"1767323045000-{number}")
     await ann.read(block_ms=1)
     await ann.ack(["1767323045000-8", "1767323045000-9"])
     assert await ann.trim() == 2

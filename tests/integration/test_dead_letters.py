@@ -20,7 +20,7 @@ from schemas.errors import ErrorCode
 from schemas.events import FailedEvent
 from schemas.keys import JobState, Keys, Priority
 from tests.event_kit import failed
-from tests.integration.queue_kit import FakeConsumer, job, where_is
+from tests.integration.queue_kit import FakeConsumer, add, entries, job, where_is
 
 CANARY = "c0ffee5ec2e7"
 OWN = "https://store.example/bucket/loras/fox.safetensors"
@@ -40,11 +40,6 @@ async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenera
 @pytest.fixture
 def queue(client: AsyncGenerationClient) -> ProducerQueue:
     return client.queue
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "ann")
 
 
 async def finish(ann: FakeConsumer, lease: Lease, event: FailedEvent) -> None:
@@ -73,11 +68,10 @@ async def the_letter(queue: ProducerQueue) -> DeadLetter:
 
 
 async def waiting(redis: Redis, keys: Keys, priority: Priority = Priority.NORMAL) -> list[dict[bytes, bytes]]:
-    reply: Any = await redis.xrange(keys.requests(priority))
-    return [fields for _, fields in reply]
+    return [fields for _, fields in await entries(redis, keys.requests(priority))]
 
 
-async def everything(redis: Redis, keys: Keys) -> dict[bytes, bytes]:
+async def everything(redis: Redis, keys: Keys) -> dict[bytes, bytes | None]:
     """Every value of this test, byte for byte."""
     names = [name async for name in redis.scan_iter(match=f"{{{keys.prefix}}}:*")]
     return {name: await redis.dump(name) for name in sorted(names)}
@@ -132,8 +126,7 @@ async def test_an_entry_without_a_job_is_shown_by_its_raw_bytes(
 async def test_a_letter_that_cannot_be_decoded_is_shown_as_such_and_never_replayed(
     redis: Redis, keys: Keys, client: AsyncGenerationClient, queue: ProducerQueue, fields: dict[bytes, bytes]
 ) -> None:
-    more: dict[Any, Any] = {**fields, b"other": b"x"}
-    entry_id = (await redis.xadd(keys.dead, more)).decode()
+    entry_id = await add(redis, keys.dead, {**fields, b"other": b"x"})
     letter = await show(queue, entry_id)
     assert letter == (await list_dead(queue))[0]
     assert letter.died_at.tzinfo is UTC

@@ -30,7 +30,6 @@ from tests.s3_stub import (
     content,
     endless,
     reset,
-    running_stub,
     silence,
     slow,
     status,
@@ -42,13 +41,6 @@ BODY = b"weights " * 40_000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 PLENTY = 1 << 30
-
-
-@pytest.fixture
-async def stub() -> AsyncIterator[S3Stub]:
-    async with running_stub() as server:
-        server.put(PATH, BODY)
-        yield server
 
 
 class Bench:
@@ -101,6 +93,7 @@ class Bench:
 
 @pytest.fixture
 async def bench(stub: S3Stub, tmp_path: Path) -> AsyncIterator[Bench]:
+    stub.put(PATH, BODY)
     bench = Bench(stub, tmp_path / "cache")
     yield bench
     await bench.session.close()

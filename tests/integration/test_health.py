@@ -18,9 +18,8 @@ async def test_an_empty_queue_asks_for_nobody(redis: Redis, keys: Keys) -> None:
 
 
 async def test_queued_pending_and_due_jobs_count_and_those_that_wait_for_a_retry_do_not(
-    redis: Redis, keys: Keys
+    redis: Redis, keys: Keys, ann: FakeConsumer
 ) -> None:
-    ann = FakeConsumer(redis, keys, "ann")
     for number, priority in enumerate(Priority):
         await publish(redis, keys, a_request(f"job-{number}"), priority)
     lease, _ = await ann.take()  # pending now; if Ann dies somebody has to come for it
@@ -31,8 +30,7 @@ async def test_queued_pending_and_due_jobs_count_and_those_that_wait_for_a_retry
     assert (await read_backlog(redis, keys)).waiting == 3
 
 
-async def test_a_consumer_lives_as_long_as_its_heart_beats(redis: Redis, keys: Keys) -> None:
-    ann = FakeConsumer(redis, keys, "ann")
+async def test_a_consumer_lives_as_long_as_its_heart_beats(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
     await ann.presence.heartbeat({"state": "idle"})
     await redis.zadd(keys.consumers, {"long-dead": 1})
     assert (await read_backlog(redis, keys)).live_consumers == 1

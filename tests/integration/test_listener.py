@@ -23,6 +23,7 @@ from producer.store import Store
 from schemas.events import Event, FailedEvent
 from schemas.keys import JobState, Keys
 from tests.event_kit import failed, retrying, started, succeeded
+from tests.integration.queue_kit import add, entries
 
 PATIENCE_S = 20.0
 CANARY = "c0ffee5ec2e7"
@@ -78,7 +79,7 @@ async def until_acknowledged(redis: Redis, keys: Keys, group: str = "listeners")
     async with asyncio.timeout(PATIENCE_S):
         while True:
             groups: Any = await redis.xinfo_groups(keys.completions)
-            [(last, _)] = await redis.xrevrange(keys.completions, count=1)
+            [*_, (last, _)] = await entries(redis, keys.completions)
             done = (info["pending"] == 0 and info["last-delivered-id"] == last for info in groups)
             if [info["name"] for info in groups] == [group.encode()] and all(done):
                 return
@@ -87,8 +88,8 @@ async def until_acknowledged(redis: Redis, keys: Keys, group: str = "listeners")
 
 async def publish(redis: Redis, keys: Keys, *events: Event) -> None:
     for event in events:
-        fields: dict[Any, Any] = {"type": event.type, "job_id": event.data.job_id, "payload": event.encode()}
-        await redis.xadd(keys.completions, fields)
+        fields: dict[str, str | bytes] = {"type": event.type, "job_id": event.data.job_id, "payload": event.encode()}
+        await add(redis, keys.completions, fields)
 
 
 def bytes_in(folder: Path) -> bytes:
@@ -182,16 +183,16 @@ async def test_what_cannot_be_decoded_is_stored_and_logged_and_does_not_block_wh
     redis: Redis, keys: Keys, store: Store, listener: Listener, tmp_path: Path
 ) -> None:
     entry_ids = [
-        await redis.xadd(keys.completions, {b"payload": payload})
+        await add(redis, keys.completions, {"payload": payload})
         for payload in (b"", b"\xff\xfe\x00", b"[]", b'{"type":"generation.new"}', SIGNED.encode())
     ]
-    entry_ids.append(await redis.xadd(keys.completions, {b"nothing": SIGNED.encode()}))
+    entry_ids.append(await add(redis, keys.completions, {"nothing": SIGNED}))
     await publish(redis, keys, failed())
     with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
         assert await listener.catch_up() == 7
     assert state(store) is JobState.FAILED
     loud = [entry for entry in logs if entry["log_level"] == "error"]
-    assert [entry["event_id"] for entry in loud] == [f"undecodable:{entry_id.decode()}" for entry_id in entry_ids]
+    assert [entry["event_id"] for entry in loud] == [f"undecodable:{entry_id}" for entry_id in entry_ids]
     assert CANARY not in str(logs)
     store.close()
     kept = bytes_in(tmp_path)

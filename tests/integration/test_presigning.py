@@ -9,7 +9,7 @@ from yarl import URL
 
 from demo.servers import S3Server
 from producer.storage import PresignedUrls
-from tests.s3_stub import ACCESS_KEY, SECRET_KEY, S3Stub, running_stub
+from tests.s3_stub import ACCESS_KEY, SECRET_KEY, S3Stub
 
 KEY = "loras/ä cat+1.safetensors"
 
@@ -18,12 +18,6 @@ KEY = "loras/ä cat+1.safetensors"
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession() as session:
         yield session
-
-
-@pytest.fixture
-async def stub() -> AsyncIterator[S3Stub]:
-    async with running_stub() as stub:
-        yield stub
 
 
 def signer(url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> PresignedUrls:

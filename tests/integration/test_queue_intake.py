@@ -2,23 +2,22 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
-import pytest
 from redis.asyncio import Redis
 
 from consumer.queue import Held, Lease
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
-from tests.integration.queue_kit import FakeConsumer, a_request, completions, job, let_lease_run_out, publish, retrying
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "ann")
-
-
-@pytest.fixture
-def bob(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "bob")
+from tests.integration.queue_kit import (
+    FakeConsumer,
+    a_request,
+    completions,
+    entries,
+    job,
+    let_lease_run_out,
+    publish,
+    retrying,
+)
 
 
 async def test_entries_published_before_the_group_existed_are_read(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
@@ -126,7 +125,7 @@ async def test_an_entry_without_a_job_id_becomes_a_dead_letter_with_its_bytes(
     delivery = await ann.read_one()
     assert await ann.leases.bury(delivery, delivery.fields[b"payload"]) is Held.OK
     assert await ann.leases.bury(delivery, delivery.fields[b"payload"]) is Held.LOST
-    [(_, letter)] = await redis.xrange(keys.dead)
+    [(_, letter)] = await entries(redis, keys.dead)
     assert letter[b"raw"] == b"\xff\xfe not a request"
     assert letter[b"source"] == keys.requests(Priority.HIGH).encode()
     assert await redis.xlen(delivery.stream) == 0
@@ -163,7 +162,8 @@ async def test_two_consumers_promote_a_job_once(redis: Redis, keys: Keys, ann: F
 async def test_a_consumer_is_seen_among_the_living_until_it_leaves(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
     await ann.intake.ensure_groups()
     await ann.presence.heartbeat({"gpu": "cpu", "state": "idle"})
-    [(name, seen_ms)] = await redis.zrange(keys.consumers, 0, -1, withscores=True)
+    living: Any = await redis.zrange(keys.consumers, 0, -1, withscores=True)
+    [(name, seen_ms)] = living
     assert name == b"ann"
     seconds, _ = await redis.time()
     assert abs(seen_ms / 1000 - seconds) < 5

@@ -13,6 +13,7 @@ from tests.integration.queue_kit import (
     a_request,
     cancelled,
     completions,
+    entries,
     failed,
     job,
     let_lease_run_out,
@@ -21,16 +22,6 @@ from tests.integration.queue_kit import (
     started,
     where_is,
 )
-
-
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "ann")
-
-
-@pytest.fixture
-def bob(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "bob")
 
 
 async def test_a_bare_xadd_becomes_a_job_with_a_hash_when_it_is_begun(
@@ -93,7 +84,7 @@ async def test_the_terminal_event_is_copied_to_the_jobs_progress(redis: Redis, k
     lease, _ = await ann.take()
     assert await ann.leases.progress(lease, 3, 20, 1.5) is Held.OK
     await ann.fail(lease)
-    [(_, step), (_, event)] = await redis.xrange(keys.progress("job-1"))
+    [(_, step), (_, event)] = await entries(redis, keys.progress("job-1"))
     assert step == {b"step": b"3", b"total": b"20", b"eta_s": b"1.500"}
     assert event[b"type"] == b"generation.failed"
     assert event[b"payload"] == failed(lease).encode()
@@ -192,7 +183,7 @@ async def test_a_job_that_kills_its_consumers_ends_without_being_run_again(
     assert (begun.verdict, begun.attempt) == ("exhausted", 3)
     assert (await job(redis, keys))["crashes"] == "3"
     assert await ann.fail(lease, attempt=3) == Held.OK
-    [(_, letter)] = await redis.xrange(keys.dead)
+    [(_, letter)] = await entries(redis, keys.dead)
     assert (letter[b"job_id"], letter[b"run"], letter[b"attempts"]) == (b"job-1", b"1", b"3")
     assert letter[b"source"] == keys.requests(Priority.NORMAL).encode()
     assert set(letter) == {b"job_id", b"run", b"payload", b"event", b"attempts", b"source", b"died_at"}

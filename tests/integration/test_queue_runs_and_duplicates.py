@@ -7,11 +7,6 @@ from schemas.keys import Keys
 from tests.integration.queue_kit import FakeConsumer, a_request, completions, job, publish, where_is
 
 
-@pytest.fixture
-def ann(redis: Redis, keys: Keys) -> FakeConsumer:
-    return FakeConsumer(redis, keys, "ann")
-
-
 async def duplicates(redis: Redis, keys: Keys) -> int:
     return int(await redis.hget(keys.counters, "duplicates") or 0)
 

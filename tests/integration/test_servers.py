@@ -3,6 +3,7 @@
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -88,7 +89,8 @@ def test_the_s3_honours_conditional_puts(s3_at: S3Server) -> None:
         client.put_object(Bucket="conditional", Key="k", Body=b"1", IfNoneMatch="*")
         etag = client.head_object(Bucket="conditional", Key="k")["ETag"]
         client.put_object(Bucket="conditional", Key="k", Body=b"2", IfMatch=etag)
-        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": etag}):
+        conditions: list[dict[str, Any]] = [{"IfNoneMatch": "*"}, {"IfMatch": etag}]
+        for condition in conditions:
             with pytest.raises(ClientError, match="PreconditionFailed"):
                 client.put_object(Bucket="conditional", Key="k", Body=b"3", **condition)
         assert client.get_object(Bucket="conditional", Key="k")["Body"].read() == b"2"

@@ -2,18 +2,13 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from demo import tiny_sdxl
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
 from tests.integration.wire_kit import BUCKET, consuming
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
@@ -23,9 +18,9 @@ def s3(s3_at: S3Server) -> S3Server:
 
 
 def test_a_terminated_consumer_ends_its_job_hands_back_the_rest_and_exits_with_0(
-    redis_at: RedisServer, s3: S3Server, model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, model, tmp_path, keys) as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
         wire.add("running", steps=30)
         wire.add("prepared")
         wire.add("waiting")
@@ -35,7 +30,7 @@ def test_a_terminated_consumer_ends_its_job_hands_back_the_rest_and_exits_with_0
         assert [event["type"] for event in wire.events] == ["generation.started", "generation.succeeded"]
         assert wire.redis.hget(wire.keys.job("prepared"), "attempt") in (b"0", None)
         assert wire.redis.zcard(wire.keys.consumers) == 0
-    with consuming(redis_at, s3, model, tmp_path, keys) as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
         # at once, though the lease is 5 s: what is handed back waits for nobody's lease
         events = wire.wait("prepared", "waiting")
         assert [event["data"]["attempt"] for event in events.values()] == [1, 1]
@@ -43,9 +38,9 @@ def test_a_terminated_consumer_ends_its_job_hands_back_the_rest_and_exits_with_0
 
 
 def test_a_consumer_terminated_twice_hands_its_running_job_back_uncounted(
-    redis_at: RedisServer, s3: S3Server, model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, model, tmp_path, keys) as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
         wire.add("running", steps=50, width=1024, height=1024, timeout=300)
         wire.until(lambda: wire.of("running"))
         wire.process.send_signal(signal.SIGTERM)
@@ -55,25 +50,26 @@ def test_a_consumer_terminated_twice_hands_its_running_job_back_uncounted(
 
 
 def test_a_killed_consumers_job_is_done_by_the_next_one(
-    redis_at: RedisServer, s3: S3Server, model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, model, tmp_path, keys, SDXL_LEASE_SECONDS="1") as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys, SDXL_LEASE_SECONDS="1") as wire:
         wire.add("orphan", steps=40, timeout=300)
         wire.until(lambda: wire.of("orphan"))
         assert wire.stop(signal.SIGKILL) != 0
-    with consuming(redis_at, s3, model, tmp_path, keys, SDXL_IDLE_EXIT_SECONDS="1") as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys, SDXL_IDLE_EXIT_SECONDS="1") as wire:
         event = wire.wait("orphan")["orphan"]
         assert (event["type"], event["data"]["attempt"]) == ("generation.succeeded", 2)
         assert wire.process.wait(20) == 0  # idle
 
 
 def test_a_consumer_that_cannot_load_its_model_says_so_and_pulls_nothing(
-    redis_at: RedisServer, s3: S3Server, model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, tmp_path / "no-model", tmp_path, keys) as wire:
+    with consuming(redis_at, s3, tmp_path / "no-tiny_model", tmp_path, keys) as wire:
         wire.add("untouched")
         assert wire.process.wait(60) == 1
-        [name] = wire.redis.zrange(wire.keys.consumers, 0, -1)
+        names: Any = wire.redis.zrange(wire.keys.consumers, 0, -1)
+        [name] = names
         record = wire.redis.hgetall(wire.keys.consumer(name.decode()))
         assert (record[b"state"], record[b"error_code"]) == (b"failed", b"MODEL_LOAD_FAILED")
         assert wire.redis.xlen(wire.keys.request_streams[1]) == 1
@@ -81,9 +77,9 @@ def test_a_consumer_that_cannot_load_its_model_says_so_and_pulls_nothing(
 
 
 def test_a_wrong_setting_is_named_without_its_value(
-    redis_at: RedisServer, s3: S3Server, model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, model, tmp_path, keys, SDXL_LEASE_SECONDS="s3cret") as wire:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys, SDXL_LEASE_SECONDS="s3cret") as wire:
         assert wire.process.wait(60) == 2
         log = wire.log.read_text()
         assert "SDXL_LEASE_SECONDS" in log

@@ -18,7 +18,7 @@ from consumer.http import Deadlines, open_session
 from consumer.storage import ArtifactStore, StoredArtifact, UploadUrls
 from consumer.urls import HostRules
 from demo.servers import S3Server
-from tests.s3_stub import ACCESS_KEY, SECRET_KEY, Reply, S3Stub, reset, running_stub, silence, status
+from tests.s3_stub import ACCESS_KEY, SECRET_KEY, Reply, S3Stub, reset, silence, status
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(3 << 20)  # aiohttp warns of bodies above 1 MiB that are sent as plain bytes
 SHA256 = hashlib.sha256(PNG).hexdigest()
@@ -43,12 +43,6 @@ def bucket(s3_at: S3Server) -> Iterator[OwnBucket]:
     bucket = bucket_at(s3_at.url, name, s3_at.access_key, s3_at.secret_key)
     yield bucket
     bucket.close()
-
-
-@pytest.fixture
-async def stub() -> AsyncIterator[S3Stub]:
-    async with running_stub() as server:
-        yield server
 
 
 @pytest.fixture

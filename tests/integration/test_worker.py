@@ -20,7 +20,7 @@ from consumer.worker import BLOCK_S, Worker
 from demo.servers import RedisServer, redis_server
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
 from tests.fakes import FakeArtifacts, FakeEngine, FakeFetcher
-from tests.integration.queue_kit import a_request, completions, job, let_lease_run_out, publish, where_is
+from tests.integration.queue_kit import a_request, completions, entries, job, let_lease_run_out, publish, where_is
 
 
 @dataclass
@@ -34,7 +34,9 @@ class Bench:
     fetcher: FakeFetcher = field(default_factory=FakeFetcher)
     artifacts: FakeArtifacts = field(default_factory=FakeArtifacts)
 
-    def worker(self, name: str = "ann", **settings: Any) -> Worker:
+    @asynccontextmanager
+    async def worker(self, name: str = "ann", **settings: Any) -> AsyncIterator[Worker]:
+        """A worker that does not run yet, with connections of its own."""
         merged = ConsumerSettings(**{"lease_s": 3, "retry_base_s": 0.01, "drain_s": 5, **settings})
         redis, reader = connect(self.url), connect_for_blocking_reads(self.url, block_s=BLOCK_S)
         leases = Leases(redis, self.keys, name, job_ttl_s=60)
@@ -46,21 +48,22 @@ class Bench:
             Outcomes(leases, name, RetryPolicy(merged.max_attempts, merged.retry_base_s, merged.retry_cap_s)),
             merged,
         )
-        worker.clients = (redis, reader)  # type: ignore[attr-defined]
-        return worker
-
-    @asynccontextmanager
-    async def working(self, name: str = "ann", **settings: Any) -> AsyncIterator[Worker]:
-        worker = self.worker(name, **settings)
-        task = asyncio.create_task(worker.run())
         try:
             yield worker
         finally:
-            if not worker.stopping:
-                worker.request_stop()
-            await asyncio.wait_for(task, 20)
-            for client in worker.clients:  # type: ignore[attr-defined]
-                await client.aclose()
+            await redis.aclose()
+            await reader.aclose()
+
+    @asynccontextmanager
+    async def working(self, name: str = "ann", **settings: Any) -> AsyncIterator[Worker]:
+        async with self.worker(name, **settings) as worker:
+            task = asyncio.create_task(worker.run())
+            try:
+                yield worker
+            finally:
+                if not worker.stopping:
+                    worker.request_stop()
+                await asyncio.wait_for(task, 20)
 
     async def ended(self, *job_ids: str, within_s: float = 15) -> list[dict[str, Any]]:
         """Waits for each job's terminal event; returns all events so far."""
@@ -175,7 +178,7 @@ async def test_a_permanent_failure_ends_the_run_at_once_with_its_own_retry_after
         events = await bench.ended("job-1")
     assert of_job(events, "job-1") == ["failed"]
     assert events[0]["data"]["retry_after"] == 0
-    [(_, letter)] = await bench.redis.xrange(bench.keys.dead)
+    [(_, letter)] = await entries(bench.redis, bench.keys.dead)
     assert b"canary" not in letter[b"payload"]
     assert b"https://r2.example.com/b/x" in letter[b"payload"]
     assert "canary" not in str(await job(bench.redis, bench.keys))
@@ -252,7 +255,7 @@ async def test_an_entry_without_a_readable_id_is_buried_and_the_loop_goes_on(ben
     async with bench.working():
         events = await bench.ended("named", "job-1")
     assert of_job(events, "named") == ["failed"]
-    letters = [fields for _, fields in await bench.redis.xrange(bench.keys.dead)]
+    letters = [fields for _, fields in await entries(bench.redis, bench.keys.dead)]
     assert [set(letter) for letter in letters] == [{b"raw", b"source", b"died_at"}] * 2
     assert letters[0][b"raw"] == b"\xff\x00 https://h/x"
     assert await bench.redis.xlen(stream) == 0
@@ -290,11 +293,9 @@ async def test_a_second_stop_hands_the_running_job_back_too(bench: Bench) -> Non
 
 
 async def test_an_idle_worker_leaves_by_itself(bench: Bench) -> None:
-    worker = bench.worker(idle_exit_s=0.2)
-    await asyncio.wait_for(worker.run(), 10)
+    async with bench.worker(idle_exit_s=0.2) as worker:
+        await asyncio.wait_for(worker.run(), 10)
     assert await bench.redis.zcard(bench.keys.consumers) == 0
-    for client in worker.clients:  # type: ignore[attr-defined]
-        await client.aclose()
 
 
 async def test_a_worker_told_to_stop_before_redis_answers_stops(tmp_path: Path, redis: Redis, keys: Keys) -> None:

@@ -45,7 +45,7 @@ class Wire:
         payload = {**SMALL, **({"job_id": job_id} if job_id else {}), **fields}
         self.add_raw({"payload": json.dumps(payload), **(envelope or {})}, priority)
 
-    def add_raw(self, entry: dict[str, Any], priority: str = "normal") -> None:
+    def add_raw(self, entry: dict[Any, Any], priority: str = "normal") -> None:
         self.redis.xadd(f"{{{self.keys.prefix}}}:requests:{priority}", entry)
 
     def wait(self, *job_ids: str, within_s: float = 60) -> dict[str, dict[str, Any]]:
@@ -65,6 +65,10 @@ class Wire:
         for _, entries in reply.items() if isinstance(reply, dict) else reply:
             for self._last, fields in entries:
                 self.events.append(json.loads(fields[b"payload"]))
+
+    def entries(self, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        reply: Any = self.redis.xrange(stream)
+        return list(reply)
 
     def ended(self, job_id: str) -> list[dict[str, Any]]:
         return [event for event in self.of(job_id) if event["type"] in TERMINAL]

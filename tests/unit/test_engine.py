@@ -1,6 +1,6 @@
 """Pictures of the tiny model, against the stock pipeline with the deltas merged into its weights by hand."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from diffusers import StableDiffusionXLPipeline
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras, StockEngine
 from consumer.lora.shapes import ModelShapes, lora_modules
 from consumer.pipeline import Pixels, noise
-from demo import loras, tiny_sdxl
+from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
 
-# diffusers' scheduler and numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers' scheduler and numpy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 SETTINGS: dict[str, Any] = {"rank": 4, "alpha": 2.0, "strength": 0.6}
 SCALE = 0.8
@@ -35,33 +38,14 @@ def stop(step: int, total: int) -> None:
     raise Stopped
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Beside other work, threads that wait for each other make a picture ten times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_request(**fields: Any) -> GenerationRequest:
     defaults = {"job_id": "job-1", "prompt": "a red flower", "seed": 1, "width": 512, "height": 512, "steps": 20}
     return GenerationRequest.model_validate(defaults | fields)
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny-sdxl")
-
-
-@pytest.fixture(scope="module")
-def shapes(model_folder: Path) -> ModelShapes:
-    return loras.shapes_of(model_folder)
-
-
-@pytest.fixture(scope="module")
-def engine(model_folder: Path) -> StockEngine:
-    return StockEngine.load(str(model_folder), device="cpu", dtype="float32")
+def engine(tiny_model: Path) -> StockEngine:
+    return StockEngine.load(str(tiny_model), device="cpu", dtype="float32")
 
 
 class Stock:
@@ -93,8 +77,8 @@ class Stock:
 
 
 @pytest.fixture(scope="module")
-def stock(model_folder: Path) -> Stock:
-    return Stock(model_folder)
+def stock(tiny_model: Path) -> Stock:
+    return Stock(tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,17 @@ from consumer.errors import AttemptTimeout, GenerationFailed, GpuOutOfMemory, Jo
 from consumer.lora.deltas import Delta, ParsedLora
 from consumer.lora.weights import PatchableWeights
 from consumer.pipeline import decode, describe, load_pipeline
-from demo import loras, tiny_sdxl
+from demo import loras
 from schemas.events import AppliedLora
 from schemas.requests import GenerationRequest, LoraRef
 
-# diffusers' scheduler and numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers' scheduler and numpy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 REQUEST = GenerationRequest(job_id="job-1", prompt="a red flower", seed=1, width=512, height=512, steps=20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Stopped(Exception):
@@ -44,13 +39,8 @@ def stop(step: int, total: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny-sdxl")
-
-
-@pytest.fixture(scope="module")
-def pipeline(model_folder: Path) -> Any:
-    return load_pipeline(str(model_folder), None, torch.device("cpu"), torch.float32, None)
+def pipeline(tiny_model: Path) -> Any:
+    return load_pipeline(str(tiny_model), None, torch.device("cpu"), torch.float32, None)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +49,16 @@ def engine(pipeline: Any) -> StockEngine:
 
 
 @pytest.fixture(scope="module")
-def prepared(engine: StockEngine, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedLoras:
+def prepared(engine: StockEngine, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedLoras:
     path = tmp_path_factory.mktemp("loras") / "full.safetensors"
-    loras.write_peft(path, loras.shapes_of(model_folder).weights, seed=1, strength=0.5)
+    loras.write_peft(path, loras.shapes_of(tiny_model).weights, seed=1, strength=0.5)
     return engine.prepare([LoraFile(path, LoraRef(key="loras/full.safetensors"))])
 
 
 @pytest.fixture
-def files_weights(model_folder: Path) -> Callable[[Any], int]:
+def files_weights(tiny_model: Path) -> Callable[[Any], int]:
     """Counts the UNet's weights that are not those in the file."""
-    stored = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    stored = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
     return lambda pipeline: sum(int((w != stored[name]).sum()) for name, w in pipeline.unet.state_dict().items())
 
 
@@ -86,27 +76,27 @@ def failing(module: torch.nn.Module, error: Exception) -> Iterator[None]:
         handle.remove()
 
 
-def test_the_engine_says_what_it_draws_with(model_folder: Path, engine: StockEngine) -> None:
-    loaded = StockEngine.load(str(model_folder), device="cpu", dtype="bfloat16")
+def test_the_engine_says_what_it_draws_with(tiny_model: Path, engine: StockEngine) -> None:
+    loaded = StockEngine.load(str(tiny_model), device="cpu", dtype="bfloat16")
     assert (loaded.base_model, loaded.gpu) == ("tiny-sdxl", "cpu")
     assert engine.base_model == "tiny-sdxl"
 
 
-def test_another_autoencoder_can_be_put_in(model_folder: Path) -> None:
-    StockEngine.load(str(model_folder), vae=str(model_folder / "vae"), device="cpu", dtype="float32")
+def test_another_autoencoder_can_be_put_in(tiny_model: Path) -> None:
+    StockEngine.load(str(tiny_model), vae=str(tiny_model / "vae"), device="cpu", dtype="float32")
     with pytest.raises(ModelBroken):
-        StockEngine.load(str(model_folder), vae=str(model_folder / "unet"), device="cpu", dtype="float32")
+        StockEngine.load(str(tiny_model), vae=str(tiny_model / "unet"), device="cpu", dtype="float32")
 
 
-def test_a_half_precision_autoencoder_that_overflows_decodes_in_float32(model_folder: Path) -> None:
-    pipeline = load_pipeline(str(model_folder), None, torch.device("cpu"), torch.float16, None)
+def test_a_half_precision_autoencoder_that_overflows_decodes_in_float32(tiny_model: Path) -> None:
+    pipeline = load_pipeline(str(tiny_model), None, torch.device("cpu"), torch.float16, None)
     assert pipeline.vae.dtype == torch.float32
     assert pipeline.unet.dtype == pipeline.text_encoder_2.dtype == torch.float16
 
 
-def test_a_model_of_pickles_is_not_loaded(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_pickles_is_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
-    shutil.copytree(model_folder, folder)
+    shutil.copytree(tiny_model, folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
@@ -116,19 +106,19 @@ def test_a_model_of_pickles_is_not_loaded(model_folder: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "text_encoder/model.safetensors"])
 def test_a_model_with_a_part_missing_is_broken_and_no_path_is_told(
-    model_folder: Path, tmp_path: Path, missing: str
+    tiny_model: Path, tmp_path: Path, missing: str
 ) -> None:
     folder = tmp_path / "partial"
-    shutil.copytree(model_folder, folder)
+    shutil.copytree(tiny_model, folder)
     (folder / missing).unlink()
     with pytest.raises(ModelBroken) as failure:
         StockEngine.load(str(folder), device="cpu", dtype="float32")
     assert str(tmp_path) not in str(failure.value)
 
 
-def test_a_model_of_another_architecture_is_broken(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_architecture_is_broken(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
-    shutil.copytree(model_folder, folder)
+    shutil.copytree(tiny_model, folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "text_encoder_2"}))
     with pytest.raises(ModelBroken):
@@ -136,9 +126,9 @@ def test_a_model_of_another_architecture_is_broken(model_folder: Path, tmp_path:
 
 
 def test_preparing_touches_no_weight_and_tells_what_was_skipped(
-    engine: StockEngine, pipeline: Any, model_folder: Path, tmp_path: Path
+    engine: StockEngine, pipeline: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
-    shapes = loras.shapes_of(model_folder)
+    shapes = loras.shapes_of(tiny_model)
     modules = {"unet.conv_in": shapes.weights["unet.conv_in"], "unet.no.such": (4, 4)}
     path = loras.write_peft(tmp_path / "x", modules, seed=1, strength=0.5)
     before = PatchableWeights(pipeline)

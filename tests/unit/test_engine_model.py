@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import CLIPTokenizer
 
@@ -11,29 +10,23 @@ from consumer.lora.shapes import ModelShapes
 from demo import loras, tiny_sdxl
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model"))
-
-
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_it_is_built_of_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
+def test_it_is_built_of_the_same_bytes_every_time(tiny_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)  # of which it must not depend
-    assert digests(tiny_sdxl.build(tmp_path)) == digests(folder)
+    assert digests(tiny_sdxl.build(tmp_path)) == digests(tiny_model)
 
 
-def test_it_has_every_part_of_sdxl_and_no_pickle(folder: Path) -> None:
-    parts = {path.name for path in folder.iterdir() if path.is_dir()}
+def test_it_has_every_part_of_sdxl_and_no_pickle(tiny_model: Path) -> None:
+    parts = {path.name for path in tiny_model.iterdir() if path.is_dir()}
     assert parts == {"scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"}
-    assert not [path for path in folder.rglob("*") if path.suffix in {".bin", ".pt", ".ckpt"}]
+    assert not [path for path in tiny_model.rglob("*") if path.suffix in {".bin", ".pt", ".ckpt"}]
 
 
-def test_its_modules_are_named_as_in_sdxl(folder: Path) -> None:
-    shapes: ModelShapes = loras.shapes_of(folder)
+def test_its_modules_are_named_as_in_sdxl(shapes: ModelShapes) -> None:
     for name in (
         "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
         "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k",
@@ -43,8 +36,8 @@ def test_its_modules_are_named_as_in_sdxl(folder: Path) -> None:
         assert name in shapes.names
 
 
-def test_its_tokenizers_know_common_words_and_every_byte(folder: Path) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+def test_its_tokenizers_know_common_words_and_every_byte(tiny_model: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
     assert tokenizer.model_max_length == 77
     assert len(tokenizer("a red flower").input_ids) == 3 + 2
     strange = tokenizer("Жéø 夜").input_ids
@@ -52,8 +45,7 @@ def test_its_tokenizers_know_common_words_and_every_byte(folder: Path) -> None:
     assert len(strange) > 6
 
 
-def test_its_loras_for_sd_15_and_the_strength_are_as_told(folder: Path) -> None:
-    shapes = loras.shapes_of(folder)
+def test_its_loras_for_sd_15_and_the_strength_are_as_told(shapes: ModelShapes) -> None:
     modules = loras.attention_modules(shapes)
     assert all(".attn" in name for name in modules)
     assert len(loras.attention_modules(shapes, text_encoders=True)) > len(modules)

@@ -16,7 +16,7 @@ from consumer.lora.adapter_config import METADATA_KEY
 from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import ModelShapes
-from demo import loras, tiny_sdxl
+from demo import loras
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K2 = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -25,16 +25,6 @@ CONV = "unet.down_blocks.1.resnets.0.conv1"
 SHORTCUT = "unet.up_blocks.0.resnets.0.conv_shortcut"
 TE1 = "text_encoder.encoder.layers.0.self_attn.q_proj"
 TE2 = "text_encoder_2.text_model.encoder.layers.1.mlp.fc1"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def shapes(model_folder: Path) -> ModelShapes:
-    return loras.shapes_of(model_folder)
 
 
 @pytest.fixture
@@ -196,11 +186,11 @@ def test_a_broken_configuration_is_refused(path: Path, shapes: ModelShapes, meta
 
 
 def test_what_diffusers_and_peft_write_is_read_with_their_scaling(
-    tmp_path: Path, model_folder: Path, shapes: ModelShapes
+    tmp_path: Path, tiny_model: Path, shapes: ModelShapes
 ) -> None:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
     config = LoraConfig(
         r=4, lora_alpha=2, target_modules=["to_q", "conv1"], rank_pattern={"mid_block.resnets.0.conv1": 8}
     )

@@ -1,7 +1,6 @@
 """Weights are exactly themselves again, whatever was patched in between."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,27 +15,11 @@ from consumer.lora.deltas import Delta, ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import ModelShapes, lora_modules
 from consumer.lora.weights import PatchableWeights
-from demo import loras, tiny_sdxl
+from demo import loras
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS: dict[str, Any] = {"rank": 4, "alpha": 2.0, "strength": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def shapes(model_folder: Path) -> ModelShapes:
-    return loras.shapes_of(model_folder)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
@@ -48,8 +31,8 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 @pytest.fixture
-def half_model(model_folder: Path) -> Any:
-    return load(model_folder, torch.float16)
+def half_model(tiny_model: Path) -> Any:
+    return load(tiny_model, torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +76,9 @@ def broken(lora: ParsedLora) -> ParsedLora:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_200_switches_leave_not_one_weight_changed(
-    model_folder: Path, pool: list[ParsedLora], dtype: torch.dtype
+    tiny_model: Path, pool: list[ParsedLora], dtype: torch.dtype
 ) -> None:
-    model = load(model_folder, dtype)
+    model = load(tiny_model, dtype)
     before, places = snapshot(model), addresses(model)
     weights = PatchableWeights(model)
     chance = random.Random(5)
@@ -120,9 +103,9 @@ def test_200_switches_leave_not_one_weight_changed(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_weight_is_the_base_and_the_delta_rounded_once(
-    model_folder: Path, pool: list[ParsedLora], dtype: torch.dtype
+    tiny_model: Path, pool: list[ParsedLora], dtype: torch.dtype
 ) -> None:
-    model = load(model_folder, dtype)
+    model = load(tiny_model, dtype)
     before = snapshot(model)
     PatchableWeights(model).patch([(pool[0].deltas, 0.7), (pool[1].deltas, 0.4)])
     live = {name: module.weight for name, module in lora_modules(model)}
@@ -172,8 +155,8 @@ def test_a_single_foreign_bit_is_seen(half_model: Any, flipped: float) -> None:
     assert weights.changed() == ["unet.conv_in"]
 
 
-def test_fusing_and_unfusing_in_half_precision_would_not_have_been_exact(model_folder: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet", dtype=torch.float16)
+def test_fusing_and_unfusing_in_half_precision_would_not_have_been_exact(tiny_model: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet", dtype=torch.float16)
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     unet.fuse_lora()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.schema import CreateTable
 
@@ -178,7 +178,7 @@ def test_the_picture_of_the_newest_run_is_shown_whatever_the_order(store: Store)
 
 
 # A run's events, the last one furthest.
-_LIFE = [
+_LIFE: list[Event] = [
     started(run=1, attempt=1),
     retrying(run=1, attempt=1),
     started(run=1, attempt=2),
@@ -327,7 +327,7 @@ def test_a_database_error_does_not_repeat_what_was_to_be_stored(store: Store, fi
 
 
 def test_the_tables_and_statements_exist_in_postgresql_too(store: Store) -> None:
-    dialect = postgresql.dialect()
+    dialect = make_url("postgresql://").get_dialect()()
     ddl = "".join(str(CreateTable(table).compile(dialect=dialect)) for table in METADATA.sorted_tables)
     assert "TIMESTAMP WITH TIME ZONE" in ddl
     assert "DOUBLE PRECISION" in ddl
