@@ -6,7 +6,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from consumer.queue import Held, Lease
+from consumer.queue import Held, Lease, scripts
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
 from tests.integration.queue_kit import (
     FakeConsumer,
@@ -147,6 +147,19 @@ async def test_a_delayed_job_whose_hash_is_gone_is_forgotten(redis: Redis, keys:
     assert await ann.intake.promote() == 0
     assert await redis.zcard(keys.delayed) == 0
     assert await redis.xlen(keys.requests(Priority.NORMAL)) == 0
+
+
+async def test_a_job_that_was_delayed_again_meanwhile_is_not_promoted_early(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    """Between listing what is due and moving it, another consumer may have moved it, failed and delayed it again."""
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    await ann.leases.retry(lease, retrying(lease), 3600)
+    promote = redis.register_script(scripts.PROMOTE)
+    names = [keys.delayed, keys.job("job-1"), keys.cancel("job-1"), keys.requests(Priority.NORMAL)]
+    assert await promote(keys=names, args=["job-1"]) == 0
+    assert (await job(redis, keys))["state"] == "delayed"
 
 
 async def test_two_consumers_promote_a_job_once(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer) -> None:

@@ -126,6 +126,28 @@ async def test_a_consumer_frozen_beyond_its_lease_is_fenced_from_its_own_second_
     assert await ann.fail(second, attempt=2) == Held.OK
 
 
+async def test_an_entry_that_was_taken_over_before_it_was_begun_is_not_begun(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    delivery = await ann.read_one()
+    await let_lease_run_out(redis, keys, delivery, "ann")
+    assert len(await bob.intake.reclaim(())) == 1
+    _, begun = await ann.begin(delivery)
+    assert begun.verdict == "lost"
+    assert await job(redis, keys) == {}
+
+
+async def test_a_renewal_of_an_earlier_attempt_is_refused_to_its_own_consumer_too(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    first, _ = await ann.take()
+    second, _ = await ann.begin(first.delivery)
+    assert await ann.leases.extend(first) is Held.LOST
+    assert await ann.leases.extend(second) is Held.OK
+
+
 async def test_renewal_keeps_an_entry_from_being_reclaimed(
     redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
 ) -> None:

@@ -1,13 +1,14 @@
 """The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import exceptions
 from redis.asyncio import Redis
 
 from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, UploadInterrupted
@@ -23,6 +24,10 @@ from tests.fakes import FakeArtifacts, FakeEngine, FakeFetcher
 from tests.integration.queue_kit import a_request, completions, entries, job, let_lease_run_out, publish, where_is
 
 
+def _unchanged(reader: Redis) -> Redis:
+    return reader
+
+
 @dataclass
 class Bench:
     """One worker with its fakes, on one Redis."""
@@ -33,6 +38,7 @@ class Bench:
     engine: FakeEngine = field(default_factory=FakeEngine)
     fetcher: FakeFetcher = field(default_factory=FakeFetcher)
     artifacts: FakeArtifacts = field(default_factory=FakeArtifacts)
+    wrap_reader: Callable[[Redis], Any] = _unchanged
 
     @asynccontextmanager
     async def worker(self, name: str = "ann", **settings: Any) -> AsyncIterator[Worker]:
@@ -41,7 +47,7 @@ class Bench:
         redis, reader = connect(self.url), connect_for_blocking_reads(self.url, block_s=BLOCK_S)
         leases = Leases(redis, self.keys, name, job_ttl_s=60)
         worker = Worker(
-            Intake(redis, reader, self.keys, name, lease_s=merged.lease_s),
+            Intake(redis, self.wrap_reader(reader), self.keys, name, lease_s=merged.lease_s),
             leases,
             Keeper(leases, Presence(redis, self.keys, name), {"gpu": "fake"}, lease_s=merged.lease_s),
             Stages(self.engine, self.fetcher, self.artifacts, leases, name),
@@ -120,6 +126,41 @@ async def test_the_next_lora_is_fetched_and_the_last_picture_stored_while_the_gp
     assert order.index("fetch b.safetensors") < order.index("drawn a")
     assert order.index("draw b") < order.index("stored a") < order.index("drawn b")
     assert [line for line in order if line.startswith("draw ")] == ["draw a", "draw b", "draw c"]
+
+
+async def test_a_picture_that_is_being_stored_keeps_no_other_job_from_the_gpu(bench: Bench) -> None:
+    bench.artifacts.store_s = 0.3
+    order: list[str] = []
+    bench.engine.log = bench.artifacts.log = order
+    for name in "ab":
+        await publish(bench.redis, bench.keys, a_request(name))
+    async with bench.working(prefetch=0):
+        await bench.ended("a", "b")
+    assert order.index("draw b") < order.index("stored a")
+
+
+async def test_an_entry_whose_delivery_got_lost_is_found_among_our_own(bench: Bench) -> None:
+    """The server has given it to us, and the connection broke before the reply came."""
+
+    lost = []
+
+    class LosingReader:
+        def __init__(self, reader: Redis) -> None:
+            self._reader = reader
+
+        async def xreadgroup(self, *arguments: Any, **options: Any) -> Any:
+            reply = await self._reader.xreadgroup(*arguments, **options)
+            if reply and not lost:
+                lost.append(reply)
+                raise exceptions.ConnectionError("reset")
+            return reply
+
+    bench.wrap_reader = LosingReader
+    async with bench.working(lease_s=60):
+        await publish(bench.redis, bench.keys, a_request())
+        events = await bench.ended("job-1")
+    assert len(lost) == 1
+    assert of_job(events, "job-1") == ["started", "succeeded"]
 
 
 async def test_no_more_is_taken_than_one_running_and_one_prepared(bench: Bench) -> None:
@@ -240,6 +281,7 @@ async def test_a_consumer_that_lost_its_lease_stops_and_publishes_nothing(bench:
         await bench.redis.hset(bench.keys.job("job-1"), "lease", "bob#1")
         await bench.until(lambda: not bench.engine.drawing.is_set())
         await asyncio.sleep(0.1)
+        assert "drawn job-1" not in bench.engine.log
         # nobody but bob may end it
         assert of_job(await completions(bench.redis, bench.keys), "job-1") == ["started"]
         await bench.redis.xack(delivery.stream, CONSUMER_GROUP, entry_id)
