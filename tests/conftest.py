@@ -45,6 +45,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sdxl.build(tmp_path_factory.mktemp("model") / "tiny-sdxl")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Beside other work, threads that wait for each other make a picture ten times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def keys() -> Keys:
     return Keys(f"t{uuid.uuid4().hex[:12]}")

@@ -61,6 +61,7 @@ class Board:
             disable=as_json or not self._console.is_terminal,
         )
         self._rows: dict[str, TaskID] = {}
+        self._width = 0
 
     def __enter__(self) -> "Board":
         self._bars.start()
@@ -78,6 +79,7 @@ class Board:
         return [job_id for job_id, row in self._rows.items() if row not in started]
 
     def add(self, job_id: str) -> None:
+        self._width = max(self._width, len(job_id))
         self._rows[job_id] = self._bars.add_task(output.visible(job_id), total=None, state="", steps="", left="")
 
     def state(self, job_id: str, state: str) -> None:
@@ -99,7 +101,7 @@ class Board:
         if self._as_json:
             output.print_json(event.model_dump(mode="json"), lines=True)
         else:
-            self._console.print(_line(event), soft_wrap=True)
+            self._console.print(_line(event, self._width), soft_wrap=True)
 
     def give_up(self, job_id: str, error: ProducerError) -> Status:
         self._bars.remove_task(self._rows.pop(job_id))
@@ -134,8 +136,8 @@ async def _show_states(client: AsyncGenerationClient, board: Board) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-def _line(event: TerminalEvent) -> Text:
-    line = Text(event.data.job_id + "  ")
+def _line(event: TerminalEvent, width: int) -> Text:
+    line = Text(event.data.job_id.ljust(width) + "  ")
     match event:
         case SucceededEvent(data=data):
             line.append_text(output.state_text("succeeded"))

@@ -20,6 +20,8 @@ from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
 from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CANARY = "c4n4ryS1gnature"
 
 

@@ -142,7 +142,7 @@ async def test_a_picture_that_is_being_stored_keeps_no_other_job_from_the_gpu(be
 async def test_an_entry_whose_delivery_got_lost_is_found_among_our_own(bench: Bench) -> None:
     """The server has given it to us, and the connection broke before the reply came."""
 
-    lost = []
+    lost: list[Any] = []
 
     class LosingReader:
         def __init__(self, reader: Redis) -> None:

@@ -105,6 +105,7 @@ def consuming(
         "SDXL_MODEL": str(model),
         "SDXL_DEVICE": "cpu",
         "SDXL_DTYPE": "float32",
+        "OMP_NUM_THREADS": "1",  # two wait for each other when a core is taken
         "SDXL_LEASE_SECONDS": "5",
         "SDXL_RETRY_BASE_SECONDS": "0.1",
         "LORA_CACHE_DIR": str(folder / "cache"),
