@@ -47,7 +47,7 @@ def test_wait_prints_the_events_themselves_as_json_lines(cli: Cli) -> None:
 def test_one_unknown_job_does_not_hide_the_others(cli: Cli) -> None:
     cli.run("publish", "a fox", "--job-id", "job-1")
     cli.consume(lambda ann: ann.succeed_next())
-    assert "job-1  succeeded" in cli.run("wait", "nobody", "job-1")
+    assert "job-1   succeeded" in cli.run("wait", "nobody", "job-1")
     assert (cli.status, "nothing is known of a job nobody" in cli.err) == (2, True)
 
 
