@@ -9,22 +9,21 @@ import structlog
 from pydantic import ValidationError
 
 from consumer import logs
-from consumer.bootstrap import consumer_name, load_engine, record_broken_model, wire
 from consumer.errors import ModelBroken
 from consumer.settings import ConsumerSettings
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("consumer")
 
 
 async def consume(settings: ConsumerSettings) -> int:
     """Loads the model, works until told to stop, and returns the exit status: 0, or 1 if the model did not load."""
+    # torch and diffusers take seconds to import: a wrong setting is told before
+    from consumer.bootstrap import consumer_name, load_engine, record_broken_model, wire
+
     name = consumer_name()
     structlog.contextvars.bind_contextvars(consumer=name)
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:  # while the model loads nothing is held, and a thread cannot be stopped
-        loop.add_signal_handler(number, os._exit, 0)
     try:
         engine = await asyncio.to_thread(load_engine, settings)
     except ModelBroken as error:
@@ -33,7 +32,7 @@ async def consume(settings: ConsumerSettings) -> int:
         return 1
     async with wire(settings, engine, name) as worker:
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, worker.request_stop)
+            asyncio.get_running_loop().add_signal_handler(number, worker.request_stop)
         await worker.run()
     return 0
 
@@ -47,6 +46,9 @@ def main() -> int:
         for problem in error.errors(include_url=False, include_input=False, include_context=False):
             log.error("settings.invalid", variable=".".join(map(str, problem["loc"])), problem=problem["msg"])
         return 2
+    for number in _STOP_SIGNALS:  # until the model is loaded nothing is held, and nothing has to be cleaned up
+        signal.signal(number, lambda *_: os._exit(0))
+    log.info("consumer.loading", model=settings.model, device=settings.device)
     return asyncio.run(consume(settings))
 
 

@@ -76,6 +76,15 @@ def test_a_consumer_that_cannot_load_its_model_says_so_and_pulls_nothing(
         assert not wire.redis.xinfo_groups(wire.keys.request_streams[1])
 
 
+def test_a_consumer_terminated_while_it_loads_exits_with_0(
+    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
+) -> None:
+    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
+        wire.until(lambda: b"consumer.loading" in wire.log.read_bytes())
+        assert b"model.loaded" not in wire.log.read_bytes()
+        assert wire.stop() == 0
+
+
 def test_a_wrong_setting_is_named_without_its_value(
     redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
 ) -> None:
