@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from consumer.engine import LoraFile, PreparedLoras, StockEngine
 from consumer.errors import JobCancelled
 from consumer.lora.shapes import ModelShapes
 from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
+from tests import sdxl_base
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,35 +30,8 @@ def pipeline(tiny_model: Path) -> Iterator[Any]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device("cuda"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, **words
-            )
-        )
-        text_encoder_2 = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_attention_heads=20,
-                num_hidden_layers=32,
-                projection_dim=1280,
-                hidden_act="gelu",
-                **words,
-            )
-        )
+        unet, text_encoder = sdxl_base.unet(), sdxl_base.text_encoder(**words)
+        text_encoder_2 = sdxl_base.text_encoder_2(**words)
         torch.set_default_dtype(torch.float32)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

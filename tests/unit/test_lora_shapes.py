@@ -5,36 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from consumer.lora.shapes import ModelShapes
+from tests import sdxl_base
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> ModelShapes:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
+        return ModelShapes.of(
+            SimpleNamespace(
+                unet=sdxl_base.unet(),
+                text_encoder=sdxl_base.text_encoder(),
+                text_encoder_2=sdxl_base.text_encoder_2(),
+            )
         )
-        clip_l = CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-        )
-        big_g = CLIPTextConfig(
-            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
-        )
-        text_encoder, text_encoder_2 = CLIPTextModel(clip_l), CLIPTextModelWithProjection(big_g)
-    return ModelShapes.of(SimpleNamespace(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2))
 
 
 def unet_modules(shapes: ModelShapes) -> list[str]:

@@ -1,0 +1,35 @@
+"""The architecture of SDXL base 1.0, whose weights no test needs."""
+
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+
+def unet() -> Any:
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def text_encoder(**words: Any) -> Any:
+    """CLIP ViT-L. `words`: what the tokenizer says of its vocabulary."""
+    width: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    return CLIPTextModel(CLIPTextConfig(**width, num_hidden_layers=12, num_attention_heads=12, **words))
+
+
+def text_encoder_2(**words: Any) -> Any:
+    """OpenCLIP bigG. `words`: what the tokenizer says of its vocabulary."""
+    width: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
+    config = CLIPTextConfig(**width, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", **words)
+    return CLIPTextModelWithProjection(config)
