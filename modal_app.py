@@ -7,6 +7,7 @@ Redis and starts the `drain` calls that are missing. Everything they do is in `c
 import asyncio
 
 import modal
+import modal.experimental
 
 APP_NAME = "modal-sdxl-lora"
 GPU = ["H200", "H100", "A100-80GB", "L40S"]
@@ -68,6 +69,9 @@ class Consumer:
         async with bootstrap.wire(self.settings, self.engine, bootstrap.consumer_name()) as worker:
             asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S - STOP_BEFORE_TIMEOUT_S, worker.request_stop)
             await worker.run()
+        if worker.broken is not None:
+            modal.experimental.stop_fetching_inputs()  # the next drain gets another container
+            raise worker.broken
 
 
 @app.function(image=cpu_image, secrets=[secret], schedule=modal.Period(minutes=1), max_containers=1)

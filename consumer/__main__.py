@@ -18,7 +18,7 @@ log = structlog.get_logger("consumer")
 
 
 async def consume(settings: ConsumerSettings) -> int:
-    """Loads the model, works until told to stop, and returns the exit status: 0, or 1 if the model did not load."""
+    """Loads the model, works until told to stop, and returns the exit status: 0, or 1 if the model did not load, or broke."""
     # torch and diffusers take seconds to import: a wrong setting is told before
     from consumer.bootstrap import consumer_name, load_engine, record_broken_model, wire
 
@@ -34,7 +34,10 @@ async def consume(settings: ConsumerSettings) -> int:
         for number in _STOP_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, worker.request_stop)
         await worker.run()
-    return 0
+    if worker.broken is None:
+        return 0
+    await record_broken_model(settings, name, worker.broken)
+    return 1
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from consumer.attempt import Attempt
@@ -27,7 +28,8 @@ class Artifacts:
         if url is None:
             self._store.check_configured()
         else:
-            self._uploads.check(url, datetime.fromtimestamp(attempt.begun.now_ms / 1000, UTC))
+            # by Redis' clock, since ours may be off
+            self._uploads.check(url, datetime.fromtimestamp(attempt.begun.now_ms / 1000 + attempt.since_begin_s, UTC))
 
     def address(self, request: GenerationRequest) -> tuple[str | None, str | None]:
         """`image_url` and `image_key` of the stored picture."""
@@ -48,22 +50,21 @@ class Artifacts:
         )
 
     async def _put(self, attempt: Attempt, url: str, png: bytes, artifact: StoredArtifact) -> StoredArtifact:
-        """A PUT that cannot be read back: what it carries is noted with the job first."""
-        before = await self._note(attempt, artifact, confirmed=False)
-        created = await self._uploads.put(url, png)
-        if created:
-            if before is not None and before.sha256 != artifact.sha256:
-                await self._note(attempt, artifact, confirmed=True)
-            return artifact
-        if before is None:
-            raise UploadRefused("another object is stored at the upload URL", retry_after_s=0)
-        return before
+        """A PUT to where we cannot read: what it carries is noted with the job before.
 
-    async def _note(self, attempt: Attempt, artifact: StoredArtifact, *, confirmed: bool) -> StoredArtifact | None:
-        note = json.dumps({"sha256": artifact.sha256, "size": artifact.size, "seed": artifact.seed}).encode()
-        before = await until_answered(
-            lambda: self._leases.note_artifact(attempt.lease, note, confirmed=confirmed), what="note_artifact"
+        Where an object stands already, it is the job's own if it has the ETag (the MD5 of a plain PUT) of what an
+        attempt has noted, and then this picture takes its place. Otherwise it is somebody else's.
+        """
+        etag = hashlib.md5(png, usedforsecurity=False).hexdigest()
+        note = json.dumps(
+            {"sha256": artifact.sha256, "size": artifact.size, "seed": artifact.seed, "run": attempt.run, "etag": etag}
         )
-        if before is None:
+        noted = await until_answered(lambda: self._leases.note_upload(attempt.lease, note.encode()), what="note_upload")
+        if noted is None:
             raise LeaseLost
-        return StoredArtifact(**json.loads(before), adopted=True) if before else None
+        if await self._uploads.put(url, png):
+            return artifact
+        for known in {etag: None} | {json.loads(other)["etag"]: None for other in noted} if noted else ():
+            if await self._uploads.put(url, png, replacing=known):
+                return replace(artifact, adopted=known == etag)
+        raise UploadRefused("another object is stored at the upload URL", retry_after_s=None)

@@ -171,6 +171,7 @@ class StockEngine:
             num_images_per_prompt=1,
             device=self._device,
         )
+        generator = torch.Generator("cpu").manual_seed(request.effective_seed)
         self._synchronize()
         started = time.perf_counter()
         latents = self._pipeline(
@@ -178,7 +179,8 @@ class StockEngine:
             negative_prompt_embeds=negative,
             pooled_prompt_embeds=pooled,
             negative_pooled_prompt_embeds=negative_pooled,
-            latents=noise(self._pipeline, request),
+            latents=noise(self._pipeline, request, generator),
+            generator=generator,  # for schedulers that draw more noise at every step
             width=request.width,
             height=request.height,
             num_inference_steps=request.steps,

@@ -48,6 +48,20 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+class _ConnectionLost(aiohttp.ClientError):
+    """The connection broke after the request may have been taken."""
+
+
+async def _send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    # aiohttp repeats a PUT by itself when the reply is lost; what the repeated one is answered misleads
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise _ConnectionLost(type(error).__name__) from None
+
+
 class CheckedResolver(AbstractResolver):
     """Resolves through `inner`, and refuses a name as soon as one of its addresses is not allowed."""
 
@@ -72,6 +86,7 @@ def open_session(*, allow_loopback: bool, resolver: AbstractResolver | None = No
     checked = CheckedResolver(resolver or aiohttp.ThreadedResolver(), allow_loopback=allow_loopback)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=checked),
+        middlewares=(_send_once,),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Accept-Encoding": "identity", "User-Agent": "modal-sdxl-lora"},
         auto_decompress=False,
@@ -152,5 +167,7 @@ def _what_broke(error: Exception) -> str:
             return "no connection"
         case aiohttp.ClientPayloadError():
             return "the body is cut short or malformed"
+        case _ConnectionLost():
+            return f"the connection broke ({error})"
         case _:
             return f"the connection broke ({type(error).__name__})"

@@ -6,24 +6,22 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
-from redis.exceptions import (
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 _MAX_DELAY_S = 2.0
 _PASSING_REFUSALS = (ReadOnlyError, OutOfMemoryError, NoPermissionError)
+# Redis 6.2 wraps what a command in a script answers, so that only its text tells.
+_PASSING_TEXTS = ("READONLY", "OOM", "NOREPLICAS", "MISCONF", "NOPERM", "LOADING", "BUSY ", "MASTERDOWN", "CLUSTERDOWN")
 
 
 def is_passing(error: RedisError) -> bool:
     """Whether the same command can succeed later: Redis is away, loading, read-only, full or being reconfigured."""
-    return not isinstance(error, ResponseError) or isinstance(error, _PASSING_REFUSALS)
+    if not isinstance(error, ResponseError) or isinstance(error, _PASSING_REFUSALS):
+        return True
+    return any(text in str(error) for text in _PASSING_TEXTS) or "can't write against a read only replica" in str(error)
 
 
 async def until_answered(step: Callable[[], Awaitable[T]], *, what: str) -> T:

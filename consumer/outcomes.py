@@ -115,7 +115,7 @@ class Outcomes:
             "run": entry.run,
             "attempt": attempt,
             "consumer": self._consumer,
-            "request_metadata": entry.request.metadata if entry.request else {},
+            "request_metadata": entry.metadata,
         }
 
     async def _retry(self, lease: Lease, entry: RequestEntry, begun: Begun, error: WorkerError) -> None:

@@ -53,11 +53,10 @@ def sampler_name(pipeline: Any) -> str:
     return _SAMPLERS.get(scheduler, scheduler)
 
 
-def noise(pipeline: Any, request: GenerationRequest) -> Tensor:
+def noise(pipeline: Any, request: GenerationRequest, generator: torch.Generator) -> Tensor:
     """The latents to start from, [1, channels, height / 8, width / 8]: of one seed the same on every device."""
     factor = pipeline.vae_scale_factor
     shape = (1, pipeline.unet.config.in_channels, request.height // factor, request.width // factor)
-    generator = torch.Generator("cpu").manual_seed(request.effective_seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipeline.device, pipeline.unet.dtype)
 
 

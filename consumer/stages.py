@@ -124,6 +124,7 @@ class Stages:
     async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: "_Progress") -> GeneratedImage:
         attempt.stage = "running"
         attempt.check()
+        self._artifacts.check(attempt)  # the upload URL may have expired behind another job
         loop = asyncio.get_running_loop()
 
         def on_step(step: int, total: int) -> None:
@@ -219,7 +220,7 @@ def _model_info(base_model: str, attempt: Attempt, image: GeneratedImage) -> Mod
     single = refs[0] if len(refs) == 1 else None
     return ModelInfo(
         base_model=base_model,
-        lora_applied=bool(refs),
+        lora_applied=any(lora.modules for lora in image.loras),
         lora_version=single.version if single else None,
         lora_scale=single.scale if single else None,
         loras=image.loras,

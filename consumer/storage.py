@@ -168,14 +168,15 @@ class UploadUrls:
         if lifetime.begins is not None and lifetime.begins - now > MAX_CLOCK_SKEW:
             raise UploadRefused("the upload URL is dated in the future", retry_after_s=0, details=details)
 
-    async def put(self, url: str, png: bytes) -> bool:
-        """Whether this PUT has created the object; False where one was there already.
+    async def put(self, url: str, png: bytes, *, replacing: str | None = None) -> bool:
+        """Whether this PUT has created the object, or replaced the one with the ETag `replacing`.
 
-        Raises UploadRefused and UploadInterrupted.
+        False where another one is there. Raises UploadRefused and UploadInterrupted.
         """
         details: dict[str, JsonValue] = {"url": place_of(url)}
         # No x-amz-* header: S3 refuses those that were not signed.
-        headers = {"Content-Type": CONTENT_TYPE, "If-None-Match": "*"}
+        condition = {"If-None-Match": "*"} if replacing is None else {"If-Match": f'"{replacing}"'}
+        headers = {"Content-Type": CONTENT_TYPE, **condition}
         try:
             async with exchange(
                 self._session, self._rules, "PUT", url, headers=headers, deadlines=self._deadlines, body=png

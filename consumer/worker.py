@@ -2,23 +2,25 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import structlog
 from redis.exceptions import RedisError
 
 from consumer.attempt import Attempt
-from consumer.errors import HandedBack
+from consumer.errors import HandedBack, ModelBroken
 from consumer.keeper import Keeper
 from consumer.outage import until_answered
 from consumer.outcomes import Outcomes
 from consumer.queue import Begun, Delivery, Intake, Lease, Leases
 from consumer.settings import ConsumerSettings
 from consumer.stages import Stages
-from schemas.entries import RequestEntry, decode_entry
+from schemas.entries import MAX_SALVAGED_BYTES, RequestEntry, decode_entry
 from schemas.events import SucceededData
 from schemas.redact import redact_bytes
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +55,9 @@ class Worker:
         self._stop = asyncio.Event()
         self._abort = asyncio.Event()
         self._swept_at = 0.0
+        self._busy_at = 0.0
         self._reread = True
+        self.broken: ModelBroken | None = None
 
     def request_stop(self) -> None:
         """Begins to drain; the second time, hands everything back at once. A signal handler of the loop."""
@@ -66,11 +70,15 @@ class Worker:
         return self._stop.is_set()
 
     async def run(self) -> None:
-        """Works until told to stop, or until idle for as long as the settings say; then drains."""
+        """Works until told to stop, until idle for as long as the settings say, or until the model breaks; then drains.
+
+        A model that broke under a job is left in `broken`: the job is tried elsewhere.
+        """
         keeping = asyncio.create_task(self._keeper.run())
+        keeping.add_done_callback(self._stop_without_leases)
         try:
-            if await self._before_stop(until_answered(self._intake.ensure_groups, what="ensure_groups")):
-                await self._take()
+            await self._unless_stopped(until_answered(self._intake.ensure_groups, what="ensure_groups"))
+            await self._take()
         except asyncio.CancelledError:
             self._abort.set()  # whoever cancels takes the machine away: hand everything back now
             raise
@@ -80,30 +88,42 @@ class Worker:
             await asyncio.wait({keeping}, timeout=_ABANDON_AFTER_S)
             log.info("consumer.stopped")
 
+    def _stop_without_leases(self, keeping: asyncio.Task[None]) -> None:
+        if not keeping.cancelled() and keeping.exception() is not None:
+            log.error("keeper.defect", exc_info=keeping.exception())
+            self.request_stop()
+
     async def _take(self) -> None:
         loop = asyncio.get_running_loop()
-        busy_at = loop.time()
-        while await self._before_stop(self._slots.acquire()):
-            delivery = await self._next()
+        self._busy_at = loop.time()
+        while await self._unless_stopped(self._slots.acquire()):
+            delivery = await self._unless_stopped(self._next(), grace_s=2 * BLOCK_S)
             if delivery is not None:
                 task = asyncio.create_task(self._handle(delivery))
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(self._forget)
                 continue
             self._slots.release()
-            if self._tasks:
-                busy_at = loop.time()
-            elif 0 < self._settings.idle_exit_s <= loop.time() - busy_at:
+            if not self._tasks and 0 < self._settings.idle_exit_s <= loop.time() - self._busy_at:
                 log.info("consumer.idle", seconds=self._settings.idle_exit_s)
                 return
 
-    async def _before_stop(self, wait: Coroutine[Any, Any, object]) -> bool:
-        """Awaits `wait`; False when told to stop first, and then it is cancelled."""
-        waiting: set[asyncio.Task[object]] = {asyncio.create_task(wait), asyncio.create_task(self._stop.wait())}
-        _, unfinished = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in unfinished:
-            task.cancel()
-        return not self._stop.is_set()
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._busy_at = asyncio.get_running_loop().time()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T | None:
+        """The result of `work`; None when told to stop first, after which it has `grace_s` before it is cancelled."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        waiting: set[asyncio.Future[Any]] = {task, stop}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=grace_s)
+        stop.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        return None
 
     async def _next(self) -> Delivery | None:
         """One entry to handle, or None after a short wait."""
@@ -114,8 +134,10 @@ class Worker:
             log.warning("redis.out_of_reach", step="read", error=type(error).__name__)
             self._reread = True  # the reply that was lost may have carried an entry
             await asyncio.sleep(BLOCK_S)
+        if self._stop.is_set():
+            return None  # what has come is handed back with everything that nobody holds
         for delivery in self._backlog:
-            self._keeper.leases_held.setdefault(delivery.entry_id, Lease(delivery))
+            self._keeper.leases_held.setdefault(delivery.place, Lease(delivery))
         return self._backlog.popleft() if self._backlog else None
 
     async def _more(self) -> list[Delivery]:
@@ -144,7 +166,7 @@ class Worker:
             log.exception("delivery.abandoned", entry_id=delivery.entry_id)
         finally:
             release_slot()
-            self._keeper.drop(delivery.entry_id)
+            self._keeper.drop(delivery.place)
 
     async def _see_through(self, delivery: Delivery, release_slot: Callable[[], None]) -> None:
         entry = decode_entry(delivery.fields)
@@ -152,7 +174,7 @@ class Worker:
         if self._stop.is_set():
             await until_answered(lambda: self._leases.release(Lease(delivery)), what="release")
         elif entry.job_id is None:
-            raw = redact_bytes(entry.raw or repr(dict(delivery.fields)).encode())
+            raw = redact_bytes((entry.raw or repr(dict(delivery.fields)).encode())[:MAX_SALVAGED_BYTES])
             await until_answered(lambda: self._leases.bury(delivery, raw), what="bury")
             log.warning("entry.buried", error=str(entry.error))
         else:
@@ -163,10 +185,13 @@ class Worker:
         log.info("job.begun", verdict=begun.verdict, run=entry.run, attempt=begun.attempt)
         if begun.verdict in ("lost", "duplicate"):
             return
-        self._keeper.leases_held[lease.delivery.entry_id] = lease
+        self._keeper.leases_held[lease.delivery.place] = lease
         try:
             data = await self._work(lease, entry, begun, release_slot)
         except Exception as error:
+            if isinstance(error, ModelBroken):
+                self.broken = error
+                self._stop.set()
             await self._outcomes.end(lease, entry, begun, error)
         else:
             await self._outcomes.succeed(lease, entry, data)
@@ -182,6 +207,7 @@ class Worker:
             max_attempts=self._settings.max_attempts,
             expires_at_ms=None if expires_at is None else int(expires_at.timestamp() * 1000),
             valid=request is not None,
+            traceparent=entry.traceparent,
         )
 
     async def _work(
@@ -190,7 +216,7 @@ class Worker:
         if begun.verdict != "ok" or entry.request is None:
             raise self._outcomes.of_verdict(entry, begun)
         attempt = Attempt(lease, entry.request, entry.run, begun)
-        self._keeper.attempts[lease.delivery.entry_id] = attempt
+        self._keeper.attempts[lease.delivery.place] = attempt
         if self._stop.is_set():
             attempt.stop(HandedBack())
         generated = await self._stages.generate(attempt)
@@ -207,7 +233,7 @@ class Worker:
             if attempt.stage == "preparing":
                 attempt.stop(HandedBack())
         while self._backlog:
-            self._keeper.drop(self._backlog.popleft().entry_id)
+            self._keeper.drop(self._backlog.popleft().place)
         await self._release_unheld()
         tasks = asyncio.gather(*self._tasks, return_exceptions=True)
         abort = asyncio.ensure_future(self._abort.wait())
@@ -217,14 +243,24 @@ class Worker:
         for attempt in self._keeper.attempts.values():
             attempt.stop(HandedBack())
         await asyncio.wait(waiting - {abort}, timeout=_ABANDON_AFTER_S)
+        abandoned = list(self._keeper.leases_held.values())
         tasks.cancel()
+        await self._release(abandoned)
         await self._release_unheld()
 
     async def _release_unheld(self) -> None:
         """Hands back what is pending under our name and in nobody's hands here, lost deliveries included."""
         try:
-            for delivery in await self._intake.unseen(self._keeper.leases_held):
-                await self._leases.release(Lease(delivery))
+            unheld = await self._intake.unseen(self._keeper.leases_held)
+        except RedisError as error:
+            log.warning("redis.out_of_reach", step="reread", error=type(error).__name__)
+            return
+        await self._release([Lease(delivery) for delivery in unheld])
+
+    async def _release(self, leases: Iterable[Lease]) -> None:
+        try:
+            for lease in leases:
+                await self._leases.release(lease)
         except RedisError as error:
             log.warning("redis.out_of_reach", step="release", error=type(error).__name__)
 

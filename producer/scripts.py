@@ -9,13 +9,17 @@ local function depth(streams, delayed)
   return waiting
 end
 
-local function enqueue(job, stream, run)
+-- The XADD comes first: at maxmemory it is refused, and then nothing has changed.
+local function enqueue(job, stream, cancel, progress, run)
   local fields = {'payload', run.payload, 'job_id', run.job_id, 'run', run.number}
   if run.traceparent ~= '' then
     table.insert(fields, 'traceparent')
     table.insert(fields, run.traceparent)
   end
   local entry_id = redis.call('XADD', stream, '*', unpack(fields))
+  local uploads = redis.call('HGET', job, 'uploads')
+  redis.call('DEL', job, cancel, progress)
+  if uploads then redis.call('HSET', job, 'uploads', uploads) end
   redis.call('HSET', job, 'state', 'queued', 'run', run.number, 'attempt', 0, 'priority', run.priority,
     'entry_id', entry_id, 'payload', run.payload, 'fingerprint', run.fingerprint, 'submitted_at', now_ms())
 end
@@ -47,8 +51,7 @@ if last.number ~= nil then
 end
 local waiting = depth(streams, delayed)
 if waiting >= max_queue then return {'full', waiting, ''} end
-redis.call('DEL', job, cancel, progress)
-enqueue(job, stream, run)
+enqueue(job, stream, cancel, progress, run)
 return {'accepted', run.number, 'queued'}
 """
 )

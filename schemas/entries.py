@@ -4,12 +4,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pydantic import JsonValue
+
 from schemas import strict_json
 from schemas.errors import ErrorCode
 from schemas.fields import is_job_id
-from schemas.requests import GenerationRequest, RequestError, decode_request
+from schemas.requests import GenerationRequest, RequestError, decode_request, metadata_of
 
 MAX_RUN = 2**31 - 1
+MAX_SALVAGED_BYTES = 2 * 1024 * 1024
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # https://www.w3.org/TR/trace-context/
 
 
@@ -18,7 +21,7 @@ class RequestEntry:
     """What a stream entry says.
 
     `job_id` is None when none can be read: such an entry is a dead letter. `request` is None exactly when `error` says
-    why the payload was refused. `raw` keeps the payload's bytes whatever they are.
+    why the payload was refused. `raw` keeps the payload's bytes whatever they are; `metadata` is what events echo.
     """
 
     job_id: str | None
@@ -26,6 +29,7 @@ class RequestEntry:
     request: GenerationRequest | None
     error: RequestError | None
     raw: bytes
+    metadata: dict[str, JsonValue]
     traceparent: str | None = None
 
 
@@ -52,9 +56,14 @@ def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
         if run is None:
             raise RequestError(ErrorCode.INVALID_REQUEST, "the entry's run is not a positive integer")
     except RequestError as error:
-        job_id = named or _job_id(strict_json.salvage_string(raw, "job_id"))
-        return RequestEntry(job_id, run or 1, None, error, raw, traceparent)
-    return RequestEntry(request.job_id, run, request, None, raw, traceparent)
+        job_id = named or _job_id(_salvage(raw))
+        return RequestEntry(job_id, run or 1, None, error, raw, metadata_of(raw), traceparent)
+    return RequestEntry(request.job_id, run, request, None, raw, request.metadata, traceparent)
+
+
+def _salvage(raw: bytes) -> str | None:
+    # What is absurdly large is not worth the seconds that parsing it takes
+    return strict_json.salvage_string(raw, "job_id") if len(raw) <= MAX_SALVAGED_BYTES else None
 
 
 def _job_id(value: bytes | str | None) -> str | None:

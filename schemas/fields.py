@@ -1,14 +1,18 @@
 """The kinds of value that a request is made of, each with its rule."""
 
+import json
 import re
 import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
+from schemas import strict_json
+
+MAX_METADATA_BYTES = 4 * 1024
 SIDES = (512, 768, 1024, 1344, 1536)
 PROMPT_ERROR = "invalid_prompt"
 
@@ -77,6 +81,19 @@ def _check_side(side: int) -> int:
     return side
 
 
+def _check_metadata(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        strict_json.check(metadata, strict_json.MAX_DEPTH - 1)
+    except strict_json.StrictJsonError as error:
+        raise refuse("metadata", str(error)) from None
+    text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode()) > MAX_METADATA_BYTES:
+        raise refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise refuse("metadata", "has a NUL character")
+    return metadata
+
+
 def _read_rfc3339(value: object) -> object:
     # pydantic alone would also read unix times written as strings
     if not isinstance(value, str):
@@ -105,4 +122,5 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 JobId = Annotated[str, Field(pattern=JOB_ID_PATTERN)]
 Prompt = Annotated[str, Field(max_length=4000), AfterValidator(_check_prompt)]
 NegativePrompt = Annotated[str, Field(max_length=4000), AfterValidator(_check_printable)]
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(_check_metadata)]
 Side = Annotated[int, AfterValidator(_check_side), Field(json_schema_extra={"enum": list(SIDES)})]

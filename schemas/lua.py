@@ -25,7 +25,6 @@ END_RUN = f"""
 local function end_run(job, cancel, progress, completions, run)
   redis.call('HSET', job, 'state', run.state, 'event', run.event, 'ended_at', now_ms(), 'payload', run.payload,
     'consumer', '')
-  redis.call('HDEL', job, 'artifact')
   redis.call('PEXPIRE', job, run.ttl_ms)
   redis.call('DEL', cancel)
   redis.call('XADD', completions, '*', 'type', run.type, 'job_id', run.job_id, 'payload', run.event)

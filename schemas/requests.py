@@ -10,8 +10,8 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -20,6 +20,7 @@ from schemas.errors import ErrorCode
 from schemas.fields import (
     PROMPT_ERROR,
     JobId,
+    Metadata,
     NegativePrompt,
     ObjectKey,
     Prompt,
@@ -35,9 +36,9 @@ from schemas.redact import without_query
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 64 * 1024
-MAX_METADATA_BYTES = 4 * 1024
 MAX_LORAS = 4
 
+_METADATA: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(Metadata, config=ConfigDict(hide_input_in_errors=True))
 _FIELD_NAME = re.compile(r"[A-Za-z_]{1,32}[0-9]{0,3}")
 
 
@@ -131,21 +132,7 @@ class GenerationRequest(_Wire):
     output_key: ObjectKey | None = None
     upload_url: Url | None = None
     webhook_url: Url | None = None
-    metadata: dict[str, JsonValue] = Field(default_factory=dict)
-
-    @field_validator("metadata")
-    @classmethod
-    def _check_metadata(cls, metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        try:
-            strict_json.check(metadata, strict_json.MAX_DEPTH - 1)
-        except strict_json.StrictJsonError as error:
-            raise refuse("metadata", str(error)) from None
-        text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
-        if len(text.encode()) > MAX_METADATA_BYTES:
-            raise refuse("metadata", f"is larger than {MAX_METADATA_BYTES} bytes")
-        if "\\u0000" in text.replace("\\\\", ""):
-            raise refuse("metadata", "has a NUL character")
-        return metadata
+    metadata: Metadata = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_exclusions(self) -> Self:
@@ -226,3 +213,12 @@ def decode_request(payload: bytes) -> GenerationRequest:
         raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from None
     except ValidationError as error:
         raise RequestError.from_validation(error) from None
+
+
+def metadata_of(payload: bytes) -> dict[str, JsonValue]:
+    """The metadata of a payload that was refused for something else: what its events echo. {} where it cannot be."""
+    try:
+        value = strict_json.loads(payload) if len(payload) <= MAX_PAYLOAD_BYTES else None
+        return _METADATA.validate_python(value["metadata"])
+    except (strict_json.StrictJsonError, ValidationError, TypeError, KeyError):
+        return {}

@@ -89,10 +89,10 @@ class LoraCache:
     async def take(self, object_id: str, path: Path) -> CachedLora | None:
         """Links the newest cached file of the object to `path`, if there is one and its bytes are still right."""
         for cached in self._versions(object_id):
+            _touch(self._objects / cached.name)  # before the link, which would look like a stale lease otherwise
             if not self._link(cached, path):
                 continue
             if await asyncio.to_thread(_sha256_of, path) == cached.sha256:
-                _touch(self._objects / cached.name)
                 return cached
             log.warning("lora_cache_corrupt", object=cached.name)
             self._drop(cached, path)

@@ -4,7 +4,7 @@
 """
 
 from consumer.queue.connection import connect, connect_for_blocking_reads
-from consumer.queue.intake import Delivery, Intake
+from consumer.queue.intake import Delivery, Intake, Place
 from consumer.queue.leases import Begun, Held, Lease, Leases
 from consumer.queue.presence import Presence
 
@@ -15,6 +15,7 @@ __all__ = [
     "Intake",
     "Lease",
     "Leases",
+    "Place",
     "Presence",
     "connect",
     "connect_for_blocking_reads",

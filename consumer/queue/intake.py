@@ -12,6 +12,8 @@ from consumer.queue import scripts
 from consumer.queue.connection import server_time_ms
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
 
+Place = tuple[str, str]
+
 log = structlog.get_logger(__name__)
 
 
@@ -21,6 +23,11 @@ class Delivery(NamedTuple):
     stream: str
     entry_id: str
     fields: Mapping[bytes, bytes]
+
+    @property
+    def place(self) -> Place:
+        """What names the entry: an id is unique in its stream alone."""
+        return self.stream, self.entry_id
 
 
 class Intake:
@@ -59,12 +66,12 @@ class Intake:
                 return found
         return await self._read_group(dict.fromkeys(self._keys.request_streams, ">"), count=1, block_ms=block_ms)
 
-    async def unseen(self, held: Collection[str]) -> list[Delivery]:
+    async def unseen(self, held: Collection[Place]) -> list[Delivery]:
         """Entries pending under our name that are not `held`: their delivery was lost on its way to us."""
         pending = await self._read_group(dict.fromkeys(self._keys.request_streams, "0"), count=100)
-        return [delivery for delivery in pending if delivery.entry_id not in held]
+        return [delivery for delivery in pending if delivery.place not in held]
 
-    async def reclaim(self, held: Collection[str]) -> list[Delivery]:
+    async def reclaim(self, held: Collection[Place]) -> list[Delivery]:
         """At most one entry whose owner has let its lease run out, or has handed it back."""
         for stream in self._order():
             args: list[Any] = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
@@ -74,7 +81,7 @@ class Intake:
                 await self._expect_missing_group(error)
                 continue
             self._cursors[stream] = cursor.decode()
-            if claimed and claimed[0].decode() not in held:
+            if claimed and (stream, claimed[0].decode()) not in held:
                 entry_id, pairs = claimed
                 return [Delivery(stream, entry_id.decode(), dict(zip(pairs[::2], pairs[1::2], strict=True)))]
         return []

@@ -15,7 +15,7 @@ from schemas.keys import CONSUMER_GROUP, PROGRESS_MAX_ENTRIES, PROGRESS_TTL_SECO
 
 RELEASED = "released"
 _RELEASED_IDLE_MS = 10**9
-_SCRIPTS = ("BEGIN", "START", "PROGRESS", "EXTEND", "FINISH", "RETRY", "RELEASE", "BURY", "NOTE_ARTIFACT")
+_SCRIPTS = ("BEGIN", "START", "PROGRESS", "EXTEND", "FINISH", "RETRY", "RELEASE", "BURY", "NOTE_UPLOAD")
 
 
 class Held(StrEnum):
@@ -75,6 +75,7 @@ class Leases:
         max_attempts: int,
         expires_at_ms: int | None,
         valid: bool,
+        traceparent: str | None = None,
     ) -> Begun:
         """Takes the job over for one attempt, and counts it if it may be made."""
         keys, job_id = self._keys, lease.job_id
@@ -82,7 +83,10 @@ class Leases:
             "BEGIN",
             lease,
             [keys.job(job_id), keys.cancel(job_id), keys.progress(job_id), keys.counters],
-            [run, keys.priority_of(lease.delivery.stream), payload, fingerprint, max_attempts, expires_at_ms, valid],
+            [
+                *(run, keys.priority_of(lease.delivery.stream), payload, fingerprint),
+                *(max_attempts, expires_at_ms, valid, traceparent),
+            ],
         )
         verdict = reply[0].decode()
         if len(reply) == 1:
@@ -129,14 +133,17 @@ class Leases:
         """Moves an entry without a readable job id to the dead letters. `raw` must carry no signature."""
         return _held(await self._fenced("BURY", Lease(delivery), [self._keys.dead], [raw]))
 
-    async def note_artifact(self, lease: Lease, artifact: bytes, *, confirmed: bool) -> bytes | None:
-        """Notes the PNG of an upload that cannot be read back.
+    async def note_upload(self, lease: Lease, note: bytes) -> list[bytes] | None:
+        """Notes the PNG of an upload that cannot be read back. A note has no line break.
 
-        Returns what an earlier attempt of the run noted (empty if none did), or None where the lease is lost.
+        Returns what other attempts have noted, those of earlier runs too, or None where the lease is lost.
         """
         keys = [self._keys.job(lease.job_id)]
-        reply: bytes = await self._scripts["NOTE_ARTIFACT"](keys=keys, args=[lease.token, artifact, int(confirmed)])
-        return None if reply == b"lost" else reply
+        reply: bytes = await self._scripts["NOTE_UPLOAD"](keys=keys, args=[lease.token, note])
+        if reply == b"lost":
+            return None
+        lines = [line.split(b"\t", 1) for line in reply.splitlines()]
+        return [noted for token, noted in lines if token != lease.token.encode()]
 
     async def _fenced(self, script: str, lease: Lease, keys: list[str], args: list[Any]) -> Any:
         stream, entry_id, _ = lease.delivery

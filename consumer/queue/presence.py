@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from redis.asyncio import Redis
 
+from consumer.queue import scripts
 from consumer.queue.connection import server_time_ms
 from schemas.keys import CONSUMER_GROUP, Keys
 
@@ -17,6 +18,7 @@ class Presence:
         self._redis = redis
         self._keys = keys
         self._name = name
+        self._leave = redis.register_script(scripts.LEAVE)
 
     async def heartbeat(self, record: Mapping[str, str]) -> None:
         """Says that this consumer lives, and what it does. Forgets those that have been silent for an hour."""
@@ -31,8 +33,6 @@ class Presence:
     async def leave(self) -> None:
         """Removes this consumer from the living, and from the groups in which it holds nothing."""
         for stream in self._keys.request_streams:
-            # DELCONSUMER would drop what is still pending under the name
-            if not await self._redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 1, consumername=self._name):
-                await self._redis.xgroup_delconsumer(stream, CONSUMER_GROUP, self._name)
+            await self._leave(keys=[stream], args=[CONSUMER_GROUP, self._name])
         await self._redis.zrem(self._keys.consumers, self._name)
         await self._redis.delete(self._keys.consumer(self._name))

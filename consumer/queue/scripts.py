@@ -33,28 +33,33 @@ local stream, job, cancel, progress, counters = KEYS[1], KEYS[2], KEYS[3], KEYS[
 local group, entry_id, consumer, lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local run, priority, payload, fingerprint = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8]
 local max_attempts, expires_at, valid = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] == '1'
+local traceparent = ARGV[12]
 local now = now_ms()
 
 if not is_owner(stream, group, entry_id, consumer) then return {'lost'} end
 
 local function read_job()
-  local values = redis.call('HMGET', job, 'run', 'state', 'attempt', 'entry_id', 'lease', 'submitted_at')
+  local values = redis.call('HMGET', job, 'run', 'state', 'attempt', 'entry_id', 'lease', 'submitted_at', 'priority')
   return {run = tonumber(values[1]), state = values[2], attempt = tonumber(values[3]) or 0, entry_id = values[4],
-    lease = values[5], submitted_at = values[6]}
+    lease = values[5], submitted_at = values[6], priority = values[7]}
 end
 
 local last = read_job()
 local takes_over = last.run == nil or (run == last.run + 1 and (last.state == 'failed' or last.state == 'cancelled'))
+-- an id is unique in its stream alone: two streams may well have the same
 local owns = run == last.run and not is_terminal(last.state) and last.entry_id == entry_id
+  and last.priority == priority
 if not takes_over and not owns then
   remove(stream, group, entry_id)
   redis.call('HINCRBY', counters, 'duplicates', 1)
   return {'duplicate'}
 end
 if takes_over then
+  local uploads = redis.call('HGET', job, 'uploads')
   redis.call('DEL', job, progress)
   redis.call('HSET', job, 'state', 'queued', 'run', run, 'attempt', 0, 'priority', priority, 'entry_id', entry_id,
     'payload', payload, 'fingerprint', fingerprint, 'submitted_at', string.match(entry_id, '^%d+'))
+  if uploads then redis.call('HSET', job, 'uploads', uploads) end
   last = read_job()
 end
 if last.lease == lease and last.state == 'preparing' then
@@ -62,7 +67,7 @@ if last.lease == lease and last.state == 'preparing' then
 end
 
 renew(stream, group, entry_id, consumer)
-redis.call('HSET', job, 'lease', lease, 'consumer', consumer)
+redis.call('HSET', job, 'lease', lease, 'consumer', consumer, 'traceparent', traceparent)
 local function verdict(name) return {name, last.attempt, last.submitted_at, now, last.state} end
 if redis.call('EXISTS', cancel) == 1 then return verdict('cancelled') end
 if not valid then return verdict('refused') end
@@ -85,6 +90,7 @@ local held = redis.call('HMGET', job, 'lease', 'state')
 if held[1] ~= lease or not is_owner(stream, group, entry_id, consumer) then return 'lost' end
 if redis.call('EXISTS', cancel) == 1 then return 'cancel' end
 if held[2] ~= 'running' then
+  renew(stream, group, entry_id, consumer)  -- first, since Redis at maxmemory refuses a script that begins with HSET
   redis.call('HSET', job, 'state', 'running')
   redis.call('XADD', completions, '*', 'type', 'generation.started', 'job_id', job_id, 'payload', event)
 end
@@ -163,9 +169,10 @@ RELEASE = (
 local stream, job = KEYS[1], KEYS[2]
 local group, entry_id, consumer, lease, nobody, idle_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
+local held = redis.call('HMGET', job, 'lease', 'state')
+if lease ~= '' and held[1] ~= lease then return 'lost' end
+redis.call('XCLAIM', stream, group, nobody, 0, entry_id, 'IDLE', idle_ms, 'JUSTID')
 if lease ~= '' then
-  local held = redis.call('HMGET', job, 'lease', 'state')
-  if held[1] ~= lease then return 'lost' end
   if held[2] == 'preparing' or held[2] == 'running' then
     redis.call('HINCRBY', job, 'attempt', -1)
     redis.call('HSET', job, 'state', 'queued', 'consumer', '')
@@ -173,7 +180,6 @@ if lease ~= '' then
   end
   redis.call('HDEL', job, 'lease')
 end
-redis.call('XCLAIM', stream, group, nobody, 0, entry_id, 'IDLE', idle_ms, 'JUSTID')
 return 'ok'
 """
 )
@@ -201,9 +207,14 @@ local job_id = ARGV[1]
 local due = redis.call('ZSCORE', delayed, job_id)
 if not due or tonumber(due) > now_ms() then return 0 end
 redis.call('ZREM', delayed, job_id)
-local held = redis.call('HMGET', job, 'state', 'payload', 'run')
+local held = redis.call('HMGET', job, 'state', 'payload', 'run', 'traceparent')
 if held[1] ~= 'delayed' then return 0 end
-local entry_id = redis.call('XADD', stream, '*', 'payload', held[2], 'job_id', job_id, 'run', held[3])
+local fields = {'payload', held[2], 'job_id', job_id, 'run', held[3]}
+if held[4] and held[4] ~= '' then
+  table.insert(fields, 'traceparent')
+  table.insert(fields, held[4])
+end
+local entry_id = redis.call('XADD', stream, '*', unpack(fields))
 redis.call('HSET', job, 'entry_id', entry_id)
 if redis.call('EXISTS', cancel) == 0 then redis.call('HSET', job, 'state', 'queued') end
 return 1
@@ -223,13 +234,23 @@ return 'ok'
 """
 )
 
-# Notes what is about to be uploaded through a URL that cannot be read back. The first note of a run stays until an
-# upload is known to have replaced it (`confirmed`). Returns the note that stood before, an empty string, or 'lost'.
-NOTE_ARTIFACT = """
+# Notes what is about to be uploaded through a URL that cannot be read back, a line for each attempt. Returns the notes
+# that stood before, or 'lost'.
+NOTE_UPLOAD = """
 local job = KEYS[1]
-local lease, artifact, confirmed = ARGV[1], ARGV[2], ARGV[3] == '1'
+local lease, note = ARGV[1], ARGV[2]
 if redis.call('HGET', job, 'lease') ~= lease then return 'lost' end
-local before = redis.call('HGET', job, 'artifact')
-if confirmed or not before then redis.call('HSET', job, 'artifact', artifact) end
-return before or ''
+local before = redis.call('HGET', job, 'uploads') or ''
+local line = lease .. '\\t' .. note .. '\\n'
+if not string.find(before, line, 1, true) then redis.call('HSET', job, 'uploads', before .. line) end
+return before
+"""
+
+# Removes a consumer's name from a group where nothing is pending under it: what is would be dropped with it.
+LEAVE = """
+local stream, group, consumer = KEYS[1], ARGV[1], ARGV[2]
+if redis.call('EXISTS', stream) == 0 then return 0 end
+if redis.call('XPENDING', stream, group, '-', '+', 1, consumer)[1] then return 0 end
+redis.call('XGROUP', 'DELCONSUMER', stream, group, consumer)
+return 1
 """
