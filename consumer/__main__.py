@@ -18,7 +18,7 @@ log = structlog.get_logger("consumer")
 
 
 async def consume(settings: ConsumerSettings) -> int:
-    """Loads the model, works until told to stop, and returns the exit status: 0, or 1 if the model did not load, or broke."""
+    """Loads the model, works until told to stop, and returns the exit status: 0, or 1 where the model failed."""
     # torch and diffusers take seconds to import: a wrong setting is told before
     from consumer.bootstrap import consumer_name, load_engine, record_broken_model, wire
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from consumer.attempt import Attempt
-from consumer.errors import LeaseLost, UploadRefused
+from consumer.errors import LeaseLost, UploadInterrupted, UploadRefused
 from consumer.outage import until_answered
 from consumer.queue import Leases
 from consumer.storage import ArtifactStore, StoredArtifact, UploadUrls
@@ -62,9 +62,18 @@ class Artifacts:
         noted = await until_answered(lambda: self._leases.note_upload(attempt.lease, note.encode()), what="note_upload")
         if noted is None:
             raise LeaseLost
-        if await self._uploads.put(url, png):
+        if await self._put_once_more(url, png):
             return artifact
-        for known in {etag: None} | {json.loads(other)["etag"]: None for other in noted} if noted else ():
+        for known in dict.fromkeys([etag, *(json.loads(other)["etag"] for other in noted)]):
             if await self._uploads.put(url, png, replacing=known):
                 return replace(artifact, adopted=known == etag)
         raise UploadRefused("another object is stored at the upload URL", retry_after_s=None)
+
+    async def _put_once_more(self, url: str, png: bytes) -> bool:
+        try:
+            return await self._uploads.put(url, png)
+        except UploadInterrupted as error:
+            if "status" in error.details:
+                raise
+            # A connection that broke in the pool is no reason to draw again; if the PUT has landed, we find it there.
+            return await self._uploads.put(url, png)

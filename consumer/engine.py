@@ -15,7 +15,7 @@ from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import ModelShapes
 from consumer.lora.weights import PatchableWeights
-from consumer.pipeline import Pixels, cut_prompts, decode, describe, load_pipeline, noise, sampler_name
+from consumer.pipeline import Pixels, cut_prompts, decode, describe, load_pipeline, noise, sampler_name, seeded
 from schemas.events import AppliedLora
 from schemas.requests import GenerationRequest, LoraRef
 
@@ -171,7 +171,7 @@ class StockEngine:
             num_images_per_prompt=1,
             device=self._device,
         )
-        generator = torch.Generator("cpu").manual_seed(request.effective_seed)
+        generator = seeded(request)
         self._synchronize()
         started = time.perf_counter()
         latents = self._pipeline(

@@ -53,12 +53,14 @@ class _ConnectionLost(aiohttp.ClientError):
 
 
 async def _send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    # aiohttp repeats a PUT by itself when the reply is lost; what the repeated one is answered misleads
+    # aiohttp by itself repeats a PUT whose reply is lost, and what the second one is answered misleads
     try:
         return await send(request)
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        if request.method == "GET":
+            raise
         raise _ConnectionLost(type(error).__name__) from None
 
 

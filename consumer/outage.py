@@ -21,7 +21,7 @@ def is_passing(error: RedisError) -> bool:
     """Whether the same command can succeed later: Redis is away, loading, read-only, full or being reconfigured."""
     if not isinstance(error, ResponseError) or isinstance(error, _PASSING_REFUSALS):
         return True
-    return any(text in str(error) for text in _PASSING_TEXTS) or "can't write against a read only replica" in str(error)
+    return any(text in str(error) for text in _PASSING_TEXTS)
 
 
 async def until_answered(step: Callable[[], Awaitable[T]], *, what: str) -> T:

@@ -53,6 +53,11 @@ def sampler_name(pipeline: Any) -> str:
     return _SAMPLERS.get(scheduler, scheduler)
 
 
+def seeded(request: GenerationRequest) -> torch.Generator:
+    """The generator of a picture's noise: on the CPU, so that one seed is the same on every device."""
+    return torch.Generator("cpu").manual_seed(request.effective_seed)
+
+
 def noise(pipeline: Any, request: GenerationRequest, generator: torch.Generator) -> Tensor:
     """The latents to start from, [1, channels, height / 8, width / 8]: of one seed the same on every device."""
     factor = pipeline.vae_scale_factor

@@ -2,9 +2,11 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio import ConnectionPool
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -45,6 +47,16 @@ class ConsumerSettings(BaseSettings):
     r2_endpoint_url: str | None = Field(None, alias="R2_ENDPOINT_URL")
     r2_public_url: str | None = Field(None, alias="R2_PUBLIC_URL")
     hub_token: SecretStr | None = Field(None, validation_alias=AliasChoices("HUGGINGFACE_HUB_TOKEN", "HF_TOKEN"))
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_of_a_redis(cls, value: SecretStr) -> SecretStr:
+        try:
+            pool: Any = ConnectionPool.from_url(value.get_secret_value())
+            pool.make_connection()  # connects to nothing yet
+        except (TypeError, ValueError):
+            raise ValueError("is not the URL of a Redis: redis://, rediss:// or unix://") from None
+        return value
 
     @field_validator("r2_endpoint_url", "r2_public_url")
     @classmethod

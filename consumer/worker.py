@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
 
 import structlog
 from redis.exceptions import RedisError
@@ -16,11 +17,10 @@ from consumer.outcomes import Outcomes
 from consumer.queue import Begun, Delivery, Intake, Lease, Leases
 from consumer.settings import ConsumerSettings
 from consumer.stages import Stages
+from consumer.stopping import Stop
 from schemas.entries import MAX_SALVAGED_BYTES, RequestEntry, decode_entry
 from schemas.events import SucceededData
 from schemas.redact import redact_bytes
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -52,8 +52,7 @@ class Worker:
         self._deliveries = asyncio.Semaphore(_PARALLEL_DELIVERIES)
         self._backlog: deque[Delivery] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stop = asyncio.Event()
-        self._abort = asyncio.Event()
+        self._stop = Stop()
         self._swept_at = 0.0
         self._busy_at = 0.0
         self._reread = True
@@ -61,13 +60,11 @@ class Worker:
 
     def request_stop(self) -> None:
         """Begins to drain; the second time, hands everything back at once. A signal handler of the loop."""
-        if self._stop.is_set():
-            self._abort.set()
-        self._stop.set()
+        self._stop.request()
 
     @property
     def stopping(self) -> bool:
-        return self._stop.is_set()
+        return self._stop.asked.is_set()
 
     async def run(self) -> None:
         """Works until told to stop, until idle for as long as the settings say, or until the model breaks; then drains.
@@ -77,10 +74,10 @@ class Worker:
         keeping = asyncio.create_task(self._keeper.run())
         keeping.add_done_callback(self._stop_without_leases)
         try:
-            await self._unless_stopped(until_answered(self._intake.ensure_groups, what="ensure_groups"))
+            await self._stop.unless_asked(until_answered(self._intake.ensure_groups, what="ensure_groups"))
             await self._take()
         except asyncio.CancelledError:
-            self._abort.set()  # whoever cancels takes the machine away: hand everything back now
+            self._stop.urgent.set()  # whoever cancels takes the machine away: hand everything back now
             raise
         finally:
             await self._drain()
@@ -96,8 +93,8 @@ class Worker:
     async def _take(self) -> None:
         loop = asyncio.get_running_loop()
         self._busy_at = loop.time()
-        while await self._unless_stopped(self._slots.acquire()):
-            delivery = await self._unless_stopped(self._next(), grace_s=2 * BLOCK_S)
+        while not self.stopping and await self._stop.unless_asked(self._slots.acquire()):
+            delivery = await self._stop.unless_asked(self._next(), grace_s=2 * BLOCK_S)
             if delivery is not None:
                 task = asyncio.create_task(self._handle(delivery))
                 self._tasks.add(task)
@@ -112,19 +109,6 @@ class Worker:
         self._tasks.discard(task)
         self._busy_at = asyncio.get_running_loop().time()
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T | None:
-        """The result of `work`; None when told to stop first, after which it has `grace_s` before it is cancelled."""
-        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
-        waiting: set[asyncio.Future[Any]] = {task, stop}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            await asyncio.wait({task}, timeout=grace_s)
-        stop.cancel()
-        if task.done():
-            return task.result()
-        task.cancel()
-        return None
-
     async def _next(self) -> Delivery | None:
         """One entry to handle, or None after a short wait."""
         try:
@@ -134,7 +118,7 @@ class Worker:
             log.warning("redis.out_of_reach", step="read", error=type(error).__name__)
             self._reread = True  # the reply that was lost may have carried an entry
             await asyncio.sleep(BLOCK_S)
-        if self._stop.is_set():
+        if self.stopping:
             return None  # what has come is handed back with everything that nobody holds
         for delivery in self._backlog:
             self._keeper.leases_held.setdefault(delivery.place, Lease(delivery))
@@ -158,40 +142,40 @@ class Worker:
         return await self._intake.read(block_ms=int(BLOCK_S * 1000))
 
     async def _handle(self, delivery: Delivery) -> None:
-        release_slot = _Once(self._slots.release)
-        try:
-            await self._see_through(delivery, release_slot)
-        except Exception:
-            # Nothing is acknowledged: the lease runs out and the entry is reclaimed, as often as attempts allow.
-            log.exception("delivery.abandoned", entry_id=delivery.entry_id)
-        finally:
-            release_slot()
-            self._keeper.drop(delivery.place)
+        with ExitStack() as slot:
+            slot.callback(self._slots.release)
+            try:
+                await self._see_through(delivery, slot)
+            except Exception:
+                # Nothing is acknowledged: the lease runs out and the entry is reclaimed, as often as attempts allow.
+                log.exception("delivery.abandoned", entry_id=delivery.entry_id)
+            finally:
+                self._keeper.drop(delivery.place)
 
-    async def _see_through(self, delivery: Delivery, release_slot: Callable[[], None]) -> None:
+    async def _see_through(self, delivery: Delivery, slot: ExitStack) -> None:
         entry = decode_entry(delivery.fields)
         structlog.contextvars.bind_contextvars(entry_id=delivery.entry_id, job_id=entry.job_id)
-        if self._stop.is_set():
+        if self.stopping:
             await until_answered(lambda: self._leases.release(Lease(delivery)), what="release")
         elif entry.job_id is None:
             raw = redact_bytes((entry.raw or repr(dict(delivery.fields)).encode())[:MAX_SALVAGED_BYTES])
             await until_answered(lambda: self._leases.bury(delivery, raw), what="bury")
             log.warning("entry.buried", error=str(entry.error))
         else:
-            await self._attempt(self._leases.lease(delivery, entry.job_id), entry, release_slot)
+            await self._attempt(self._leases.lease(delivery, entry.job_id), entry, slot)
 
-    async def _attempt(self, lease: Lease, entry: RequestEntry, release_slot: Callable[[], None]) -> None:
+    async def _attempt(self, lease: Lease, entry: RequestEntry, slot: ExitStack) -> None:
         begun = await until_answered(lambda: self._begin(lease, entry), what="begin")
         log.info("job.begun", verdict=begun.verdict, run=entry.run, attempt=begun.attempt)
         if begun.verdict in ("lost", "duplicate"):
             return
         self._keeper.leases_held[lease.delivery.place] = lease
         try:
-            data = await self._work(lease, entry, begun, release_slot)
+            data = await self._work(lease, entry, begun, slot)
         except Exception as error:
             if isinstance(error, ModelBroken):
                 self.broken = error
-                self._stop.set()
+                self._stop.asked.set()
             await self._outcomes.end(lease, entry, begun, error)
         else:
             await self._outcomes.succeed(lease, entry, data)
@@ -210,23 +194,21 @@ class Worker:
             traceparent=entry.traceparent,
         )
 
-    async def _work(
-        self, lease: Lease, entry: RequestEntry, begun: Begun, release_slot: Callable[[], None]
-    ) -> SucceededData:
+    async def _work(self, lease: Lease, entry: RequestEntry, begun: Begun, slot: ExitStack) -> SucceededData:
         if begun.verdict != "ok" or entry.request is None:
             raise self._outcomes.of_verdict(entry, begun)
         attempt = Attempt(lease, entry.request, entry.run, begun)
         self._keeper.attempts[lease.delivery.place] = attempt
-        if self._stop.is_set():
+        if self.stopping:
             attempt.stop(HandedBack())
         generated = await self._stages.generate(attempt)
         async with self._deliveries:  # when uploads fall behind, no further job is taken
-            release_slot()
+            slot.close()
             return await self._stages.deliver(attempt, generated)
 
     async def _drain(self) -> None:
         """Hands back at once what the GPU has not begun; gives what it has begun the time that the settings allow."""
-        self._stop.set()
+        self._stop.asked.set()
         self._keeper.state = "draining"
         log.info("consumer.draining", jobs=len(self._tasks))
         for attempt in self._keeper.attempts.values():
@@ -236,13 +218,13 @@ class Worker:
             self._keeper.drop(self._backlog.popleft().place)
         await self._release_unheld()
         tasks = asyncio.gather(*self._tasks, return_exceptions=True)
-        abort = asyncio.ensure_future(self._abort.wait())
-        waiting: set[asyncio.Future[Any]] = {tasks, abort}
+        urgent = asyncio.ensure_future(self._stop.urgent.wait())
+        waiting: set[asyncio.Future[Any]] = {tasks, urgent}
         await asyncio.wait(waiting, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
-        abort.cancel()
+        urgent.cancel()
         for attempt in self._keeper.attempts.values():
             attempt.stop(HandedBack())
-        await asyncio.wait(waiting - {abort}, timeout=_ABANDON_AFTER_S)
+        await asyncio.wait(waiting - {urgent}, timeout=_ABANDON_AFTER_S)
         abandoned = list(self._keeper.leases_held.values())
         tasks.cancel()
         await self._release(abandoned)
@@ -263,15 +245,3 @@ class Worker:
                 await self._leases.release(lease)
         except RedisError as error:
             log.warning("redis.out_of_reach", step="release", error=type(error).__name__)
-
-
-class _Once:
-    """Calls `action` the first time it is called."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action: Callable[[], None] | None = action
-
-    def __call__(self) -> None:
-        action, self._action = self._action, None
-        if action is not None:
-            action()

@@ -138,8 +138,12 @@ class AsyncGenerationClient:
         payload = None if request is None else request.encode()
         if payload is None or run is None:
             record = await self._record(job_id)
+            if record.state not in (JobState.FAILED, JobState.CANCELLED):
+                if request is None and not changes and run in (None, record.run):
+                    return await self._duplicate(record)
+                run = run or record.run
             payload = payload or record.payload
-            run = run or (record.run + 1 if record.state in (JobState.FAILED, JobState.CANCELLED) else record.run)
+            run = run or record.run + 1
             priority = priority or record.priority
         draft = follow_up(payload, changes, self.storage, self._now())
         if draft.job_id != job_id:
@@ -211,6 +215,11 @@ class AsyncGenerationClient:
             state = await self.queue.ask_to_cancel(job_id)
             if state in (None, JobState.PREPARING, JobState.RUNNING):
                 return CancelOutcome(job_id, CancelVerdict.ASKED, state)
+
+    async def _duplicate(self, record: JobRecord) -> Job:
+        job = Job(record.job_id, record.run, record.state, duplicate=True)
+        await self._wake_for([job])
+        return job
 
     async def _record(self, job_id: str) -> JobRecord:
         record = await self.queue.job(job_id) if is_job_id(job_id) else None

@@ -30,7 +30,8 @@ _MAX_EVENT_ID = 200
 class Completion:
     """One entry of the stream. `event` is None exactly when `problem` says why it could not be decoded.
 
-    `payload` holds the event's own bytes; of an undecodable entry what there is of it, redacted and cut at 64 KiB.
+    `payload` holds the event's own bytes; of an undecodable entry the first 64 KiB of its redacted payload, or of all
+    its fields where it has none.
     """
 
     entry_id: str

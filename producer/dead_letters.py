@@ -8,6 +8,7 @@ from typing import Any
 
 from producer.async_client import AsyncGenerationClient
 from producer.errors import JobUnknown, ProducerError
+from producer.jobs import JobStatus
 from producer.queue import ProducerQueue, StreamEntry
 from producer.requests import follow_up
 from producer.stream_ids import is_stream_id, stream_time, time_of_ms
@@ -166,7 +167,7 @@ async def _replay_one(
     job_id, run, request = letter.job_id, letter.run, letter.request
     if job_id is None or run is None or request is None:
         return ReplayResult(letter.entry_id, job_id, Verdict.UNDECODABLE, None, "no request can be read from it")
-    superseded = await _superseded(queue, letter.entry_id, job_id, run)
+    superseded = await _superseded(queue, letter, job_id, run)
     if superseded is not None:
         return superseded
     try:
@@ -179,14 +180,19 @@ async def _replay_one(
     return ReplayResult(letter.entry_id, job_id, Verdict.ALREADY if job.duplicate else Verdict.REPLAYED, job.run)
 
 
-async def _superseded(queue: ProducerQueue, entry_id: str, job_id: str, run: int) -> ReplayResult | None:
+async def _superseded(queue: ProducerQueue, letter: DeadLetter, job_id: str, run: int) -> ReplayResult | None:
     """The result for a letter whose run is no longer the job's last word, None where it is, or has expired."""
-    job = await queue.job(job_id)
-    if job is None or (job.run == run and job.state in (JobState.FAILED, JobState.CANCELLED)):
+    record = await queue.job(job_id)
+    if record is None:
         return None
-    if job.run < run:
-        return ReplayResult(entry_id, job_id, Verdict.REFUSED, None, "the id has expired and is another job's now")
-    return ReplayResult(entry_id, job_id, Verdict.ALREADY, job.run, f"run {job.run} is {job.state}")
+    job = JobStatus.of(record)
+    ended_so = job.run == run and job.state in (JobState.FAILED, JobState.CANCELLED)
+    if ended_so and job.event == letter.event:
+        return None
+    if ended_so or job.run < run:
+        reason = "the id has expired and is another job's now"
+        return ReplayResult(letter.entry_id, job_id, Verdict.REFUSED, None, reason)
+    return ReplayResult(letter.entry_id, job_id, Verdict.ALREADY, job.run, f"run {job.run} is {job.state}")
 
 
 def _event(payload: bytes | None) -> Event | None:

@@ -1,4 +1,4 @@
-"""`GET /health`, for load balancers and people."""
+"""`GET /health`, for load balancers and people. It needs fastapi, which the extra `modal` brings."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

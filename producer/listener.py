@@ -99,14 +99,14 @@ class Listener:
                 await _wait(stop, delay_s)
         await self._leave()
 
-    async def catch_up(self) -> int:
-        """Handles what is in the stream now, and returns how many events were new.
+    async def catch_up(self, stop: asyncio.Event | None = None) -> int:
+        """Handles what is in the stream now, or until `stop` is set, and returns how many events were new.
 
         Raises redis.RedisError, sqlalchemy.exc.SQLAlchemyError.
         """
         await self._prepare()
         stored = await self._reclaim()
-        while entries := await self.completions.read(block_ms=1):
+        while not (stop and stop.is_set()) and (entries := await self.completions.read(block_ms=1)):
             stored += await self._handle(entries)
         await self.completions.trim()
         await self.completions.leave()

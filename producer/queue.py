@@ -10,6 +10,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
 from producer import scripts
+from producer.backlog import LIVE_WITHIN_S
 from schemas.events import CancelledEvent
 from schemas.keys import CANCEL_TTL_SECONDS, CONSUMER_GROUP, JobState, Keys, Priority
 from schemas.requests import GenerationRequest
@@ -22,7 +23,7 @@ _CONNECTION_WAIT_S = 30.0
 def connect(url: str) -> Redis:
     """A client in bytes that repeats a command whose connection was lost. Beyond `_MAX_CONNECTIONS` callers queue up.
 
-    Raises ValueError, without the URL, where it is none of Redis.
+    Raises ValueError, without the URL, where it is none of Redis, or has an option that redis-py does not know.
     """
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3)
     return _client(
@@ -42,9 +43,11 @@ def connect_for_blocking_reads(url: str, *, block_s: float) -> Redis:
 
 def _client(url: str, **options: Any) -> Redis:
     try:
-        return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
-    except ValueError:
-        raise ValueError("not the URL of a Redis: redis://, rediss:// or unix://") from None
+        pool = BlockingConnectionPool.from_url(url, **options)
+        pool.connection_class(**pool.connection_kwargs)  # without a network: does it know the URL's options?
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("not the URL of a Redis: redis://, rediss:// or unix://, with known options") from None
+    return Redis.from_pool(pool)
 
 
 class Submitted(NamedTuple):
@@ -92,7 +95,7 @@ class ProducerQueue:
         self._cancel_waiting = redis.register_script(scripts.CANCEL_WAITING)
 
     async def submit(
-        self, requests: Sequence[GenerationRequest], *, run: int = 1, priority: Priority, traceparent: str | None = None
+        self, requests: Sequence[GenerationRequest], *, run: int = 1, priority: Priority
     ) -> list[Submitted]:
         """Submits each request atomically, all of them in one round trip."""
         pipe = self._redis.pipeline(transaction=False)
@@ -112,7 +115,6 @@ class ProducerQueue:
                 request.encode(),
                 request.fingerprint(),
                 priority,
-                traceparent or "",
                 self._max_queue,
             ]
             await self._submit(keys=names + keys.request_streams, args=args, client=pipe)
@@ -189,7 +191,7 @@ class ProducerQueue:
         return bool(await self._redis.xdel(self._keys.dead, entry_id))
 
     async def stats(self) -> dict[str, Any]:
-        """Depths and counters, as read in one transaction, and the consumers that live."""
+        """Depths and counters, as read in one transaction, and the consumers of the last hour: which of them live."""
         keys = self._keys
         pipe = self._redis.pipeline(transaction=True)
         for stream in keys.request_streams:
@@ -199,14 +201,19 @@ class ProducerQueue:
         pipe.xlen(keys.dead)
         pipe.hgetall(keys.counters)
         pipe.zrange(keys.consumers, 0, -1, withscores=True)
-        *depths, delayed, completions, dead, counters, consumers = await pipe.execute()
+        pipe.time()
+        *depths, delayed, completions, dead, counters, consumers, (seconds, _) = await pipe.execute()
+        live_from_ms = (seconds - LIVE_WITHIN_S) * 1000
         return {
             "waiting": dict(zip((str(priority) for priority in Priority), depths, strict=True)),
             "delayed": delayed,
             "completions": completions,
             "dead": dead,
             "counters": {name.decode(): int(value) for name, value in counters.items()},
-            "consumers": [await self._consumer(name.decode(), int(seen_ms)) for name, seen_ms in consumers],
+            "consumers": [
+                {**await self._consumer(name.decode(), int(seen_ms)), "live": seen_ms >= live_from_ms}
+                for name, seen_ms in consumers
+            ],
         }
 
     async def _consumer(self, name: str, seen_ms: int) -> dict[str, Any]:

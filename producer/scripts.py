@@ -11,12 +11,7 @@ end
 
 -- The XADD comes first: at maxmemory it is refused, and then nothing has changed.
 local function enqueue(job, stream, cancel, progress, run)
-  local fields = {'payload', run.payload, 'job_id', run.job_id, 'run', run.number}
-  if run.traceparent ~= '' then
-    table.insert(fields, 'traceparent')
-    table.insert(fields, run.traceparent)
-  end
-  local entry_id = redis.call('XADD', stream, '*', unpack(fields))
+  local entry_id = redis.call('XADD', stream, '*', 'payload', run.payload, 'job_id', run.job_id, 'run', run.number)
   local uploads = redis.call('HGET', job, 'uploads')
   redis.call('DEL', job, cancel, progress)
   if uploads then redis.call('HSET', job, 'uploads', uploads) end
@@ -35,8 +30,8 @@ SUBMIT = (
 local job, stream, delayed, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local streams = {KEYS[6], KEYS[7], KEYS[8]}
 local run = {job_id = ARGV[1], number = tonumber(ARGV[2]), payload = ARGV[3], fingerprint = ARGV[4],
-  priority = ARGV[5], traceparent = ARGV[6]}
-local max_queue = tonumber(ARGV[7])
+  priority = ARGV[5]}
+local max_queue = tonumber(ARGV[6])
 local values = redis.call('HMGET', job, 'run', 'state', 'fingerprint')
 local last = {number = tonumber(values[1]), state = values[2], fingerprint = values[3]}
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, create_engine, select, tuple_
+from sqlalchemy import ColumnElement, Engine, Table, create_engine, make_url, select, tuple_
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
@@ -67,11 +68,18 @@ class StoredImage:
     gpu_seconds: float
 
 
+class DatabaseRefused(ValueError):
+    """The URL is of no database that the store can use. The text does not repeat it."""
+
+
 class Store:
-    """The tables in the database at `url` (an SQLAlchemy URL). Nothing connects before the first call."""
+    """The tables in the database at `url` (an SQLAlchemy URL): SQLite or PostgreSQL.
+
+    Nothing connects before the first call. Raises DatabaseRefused where the URL or its driver is of no use.
+    """
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
+        self._engine = _engine(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         if self._is_sqlite:
             sqlalchemy_event.listen(self._engine, "connect", _set_up_sqlite)
@@ -140,6 +148,20 @@ class Store:
 
     def _insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
         return sqlite.insert(table) if self._is_sqlite else postgresql.insert(table)
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+            raise DatabaseRefused("neither SQLite nor PostgreSQL")
+        return create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
+    except DatabaseRefused:
+        raise
+    except ImportError as error:
+        raise DatabaseRefused(f"its driver is not installed: {error.name}") from None
+    except (ArgumentError, ValueError, TypeError):
+        raise DatabaseRefused("not the URL of a database") from None
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:

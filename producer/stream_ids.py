@@ -3,13 +3,13 @@
 import re
 from datetime import UTC, datetime
 
-_STREAM_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_STREAM_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 _LAST_MS = 253_402_300_799_000  # the end of the year 9999
 
 
 def is_stream_id(text: str) -> bool:
     """Whether `text` names one entry of a stream."""
-    return _STREAM_ID.fullmatch(text) is not None
+    return _STREAM_ID.fullmatch(text) is not None and all(int(part) < 2**64 for part in text.split("-"))
 
 
 def stream_time(entry_id: str) -> datetime:

@@ -218,7 +218,7 @@ def decode_request(payload: bytes) -> GenerationRequest:
 def metadata_of(payload: bytes) -> dict[str, JsonValue]:
     """The metadata of a payload that was refused for something else: what its events echo. {} where it cannot be."""
     try:
-        value = strict_json.loads(payload) if len(payload) <= MAX_PAYLOAD_BYTES else None
+        value = strict_json.loads(payload[: MAX_PAYLOAD_BYTES + 1])
         return _METADATA.validate_python(value["metadata"])
     except (strict_json.StrictJsonError, ValidationError, TypeError, KeyError):
         return {}

@@ -11,13 +11,15 @@ import typer
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 from redis.exceptions import RedisError
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from producer.async_client import AsyncGenerationClient
 from producer.cli import output
 from producer.errors import JobUnknown, ProducerError, RequestRefused
 from producer.settings import ProducerSettings
+from producer.store import DatabaseRefused
 from schemas import strict_json
+from schemas.events import EventError
 from schemas.redact import redact_text
 
 P = ParamSpec("P")
@@ -37,6 +39,9 @@ class BadUsage(Exception):
     """The command line or the environment asks for what cannot be done."""
 
 
+_EXPECTED = (ProducerError, EventError, BadUsage, RedisError, BotoCoreError, ClientError, SQLAlchemyError)
+
+
 def command(function: Callable[P, Coroutine[Any, Any, Status]]) -> Callable[P, None]:
     """The synchronous command for typer: `function` in an event loop, its errors told and turned into a status."""
 
@@ -44,7 +49,7 @@ def command(function: Callable[P, Coroutine[Any, Any, Status]]) -> Callable[P, N
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             status = asyncio.run(function(*args, **kwargs))
-        except (ProducerError, BadUsage, RedisError, BotoCoreError, ClientError, SQLAlchemyError) as error:
+        except _EXPECTED as error:
             status = tell(error, as_json=bool(kwargs.get("as_json")))
         raise typer.Exit(status)
 
@@ -74,6 +79,8 @@ def explain(error: Exception) -> str:
     match error:
         case ProducerError() | BadUsage():
             text = str(error)
+        case EventError():
+            text = f"this version cannot read an event: {error}"
         case RedisError():
             text = f"Redis is out of reach or refuses: {error}"
         case SQLAlchemyError():
@@ -88,7 +95,7 @@ def status_of(outcome: object) -> Status:
     match outcome:
         case RequestRefused() | JobUnknown() | BadUsage():
             return Status.USAGE
-        case ProducerError():
+        case ProducerError() | EventError():
             return Status.FAILED
         case Exception():
             return Status.UNREACHABLE
@@ -105,10 +112,8 @@ def checked_settings() -> Iterator[ProducerSettings]:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         names = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise BadUsage("; ".join(names)) from None
-    except ArgumentError:
-        raise BadUsage("DATABASE_URL: not the URL of a database") from None
-    except ImportError as error:
-        raise BadUsage(f"DATABASE_URL: its driver is not installed: {error.name}") from None
+    except DatabaseRefused as error:
+        raise BadUsage(f"DATABASE_URL: {error}") from None
     except ValueError as error:
         raise BadUsage(f"REDIS_URL: {error}") from None
 

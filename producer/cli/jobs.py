@@ -47,7 +47,7 @@ async def cancel(job_id: JobId, as_json: AsJson = False) -> Status:
 
 
 async def stats(as_json: AsJson = False) -> Status:
-    """Show how much waits, what was counted, and which consumers live."""
+    """Show how much waits, what was counted, and the consumers of the last hour."""
     async with open_client() as client:
         found = await client.queue.stats()
     if as_json:
@@ -59,17 +59,20 @@ async def stats(as_json: AsJson = False) -> Status:
     dead = Text(str(found["dead"]), "red" if found["dead"] else "default")
     console.print(output.facts_grid({**depths, **sizes, "dead letters": dead, **found["counters"]}))
     console.print()
-    if not found["consumers"]:
+    if not any(record["live"] for record in found["consumers"]):
         console.print(Text("no consumer lives", "yellow"))
-        return Status.OK
-    console.print(output.table(("consumer", "heartbeat", "gpu", "state", "job"), map(_consumer, found["consumers"])))
+    if found["consumers"]:
+        columns = ("consumer", "heartbeat", "gpu", "state", "job")
+        console.print(output.table(columns, map(_consumer, found["consumers"])))
     return Status.OK
 
 
 def _consumer(record: dict[str, Any]) -> tuple[object, ...]:
     ago_s = max(0.0, datetime.now(UTC).timestamp() - record["last_heartbeat_ms"] / 1000)
-    state = output.state_text(record.get("state", ""))
-    return record["name"], f"{ago_s:.0f} s ago", record.get("gpu", ""), state, record.get("job_id", "")
+    state = record.get("state", "")
+    if not record["live"] and state != "failed":  # one that failed has said its last word
+        state = "silent"
+    return record["name"], f"{ago_s:.0f} s ago", record.get("gpu", ""), output.state_text(state), record.get("job", "")
 
 
 def _facts(found: JobStatus) -> dict[str, object]:

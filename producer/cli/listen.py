@@ -1,7 +1,10 @@
 """`listen`: stores what consumers publish."""
 
 import asyncio
+import os
 import signal
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -31,16 +34,31 @@ async def listen(
             listener = await stack.enter_async_context(from_settings(settings, group))
         if drop_group is not None:
             return await _drop(listener, drop_group, as_json=as_json)
-        listener.on()(_print_json if as_json else _print_line)
+        stop = asyncio.Event()
+        listener.on()(_while_read(_print_json if as_json else _print_line, stop))
         if once:
-            await listener.catch_up()
+            await listener.catch_up(stop)
         else:
-            await _until_signal(listener)
+            await _until_signal(listener, stop)
     return Status.OK
 
 
-async def _until_signal(listener: Listener) -> None:
-    stop = asyncio.Event()
+def _while_read(show: Callable[[Event], None], stop: asyncio.Event) -> Callable[[Event], Awaitable[None]]:
+    """`show` as a handler that sets `stop` when nobody reads stdout any more."""
+
+    async def handler(event: Event) -> None:
+        try:
+            show(event)
+        except BrokenPipeError:
+            stop.set()
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still buffered, and the rest of the batch
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+    return handler
+
+
+async def _until_signal(listener: Listener, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -57,11 +75,11 @@ async def _drop(listener: Listener, name: str, *, as_json: bool) -> Status:
     return Status.OK
 
 
-async def _print_json(event: Event) -> None:
+def _print_json(event: Event) -> None:
     output.print_json(event.model_dump(mode="json"), lines=True)
 
 
-async def _print_line(event: Event) -> None:
+def _print_line(event: Event) -> None:
     kind = event.type.removeprefix("generation.")
     line = Text(output.time_text(event.timestamp), "dim").append("  ", "default")
     line.append(f"{output.visible(event.data.job_id)}  ", "not dim").append_text(output.state_text(kind))
@@ -70,4 +88,4 @@ async def _print_line(event: Event) -> None:
             line.append(f"  {output.visible(data.image_url or data.image_key or data.image_sha256)}", "not dim")
         case FailedEvent(data=data) | RetryingEvent(data=data):
             line.append(f"  {data.error_code}  {output.visible(data.error)}", "not dim")
-    output.stdout().print(line, soft_wrap=True)
+    output.print_line(line)

@@ -18,6 +18,7 @@ _STYLES = {
     "running": "cyan",
     "preparing": "cyan",
     "delayed": "magenta",
+    "silent": "yellow",
 }
 
 
@@ -40,6 +41,15 @@ def note(message: str) -> None:
 def _say(label: Text, message: str) -> None:
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     console.print(label.append(visible(message), "not bold default"), soft_wrap=True)
+
+
+def print_line(text: Text) -> None:
+    """A line on stdout. Raises BrokenPipeError, where rich's console would leave the process."""
+    console = stdout()
+    with console.capture() as line:
+        console.print(text, soft_wrap=True)
+    sys.stdout.write(line.get())
+    sys.stdout.flush()
 
 
 def print_json(document: Any, *, lines: bool = False) -> None:

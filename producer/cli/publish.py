@@ -2,7 +2,7 @@
 
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from redis.exceptions import RedisError
@@ -43,11 +43,11 @@ Cfg = Annotated[float | None, typer.Option(help="Guidance, 1.0 to 20.0.")]
 Seed = Annotated[int | None, typer.Option(help="0 to 4294967295; default: from the job id.")]
 Timeout = Annotated[int | None, typer.Option(help="Seconds of work that an attempt may take, 1 to 300.")]
 ExpiresAt = Annotated[str | None, typer.Option(help="RFC 3339 time; a job that has not begun by then fails.")]
-Tenant = Annotated[str | None, typer.Option(help="For limits and statistics.")]
+Tenant = Annotated[str | None, typer.Option(help="Whose job it is; kept with the job, and not used yet.")]
 JobId = Annotated[str | None, typer.Option(help="Also the idempotency key; default: a new one.")]
 OutputKey = Annotated[str | None, typer.Option(help="Object key of the PNG; default: images/JOB_ID.png.")]
 UploadUrl = Annotated[str | None, typer.Option(help="Presigned PUT for the PNG.")]
-WebhookUrl = Annotated[str | None, typer.Option(help="Where the terminal event is delivered.")]
+WebhookUrl = Annotated[str | None, typer.Option(help="Kept with the job; delivery is not built yet.")]
 Metadata = Annotated[str | None, typer.Option(metavar="JSON", help="An object that every event echoes.")]
 TakesPriority = Annotated[Priority, typer.Option(help="Which jobs go first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the pictures; with --json: lines, jobs first.")]
@@ -100,7 +100,7 @@ async def _publish(
         outcomes, failure = await _submit(client, requests, priority)
         documents = [_document(outcome) for outcome in outcomes]
         if failure is not None:
-            documents.append(error_document(failure))
+            documents.append(_failure_document(failure))
         if as_json and (wait or file is None):
             for document in documents:
                 output.print_json(document, lines=wait)
@@ -110,24 +110,28 @@ async def _publish(
             _show(outcomes, failure, numbered=file is not None)
         job_ids = [outcome.job_id for outcome in outcomes if isinstance(outcome, Job)]
         ends = [await wait_for(client, job_ids, timeout_s=None, as_json=as_json)] if wait and job_ids else []
-    return max([Status.OK, *ends, *map(status_of, [*outcomes, failure])])
+    return max([Status.OK, *ends, *map(status_of, [*outcomes, failure and failure.error])])
+
+
+class _Failure(NamedTuple):
+    """Redis failed while these jobs were submitted: any of them may be queued."""
+
+    error: RedisError
+    job_ids: list[str]
 
 
 async def _submit(
     client: AsyncGenerationClient, requests: Sequence[GenerationRequest | RequestRefused], priority: Priority
-) -> tuple[list[Job | ProducerError], RedisError | None]:
+) -> tuple[list[Job | ProducerError], _Failure | None]:
     """What became of the requests, in order, up to the batch at which Redis failed."""
     outcomes: list[Job | ProducerError] = []
     for start in range(0, len(requests), _BATCH):
         batch = requests[start : start + _BATCH]
+        good = [request for request in batch if isinstance(request, GenerationRequest)]
         try:
-            jobs = iter(
-                await client.submit_many(
-                    [request for request in batch if isinstance(request, GenerationRequest)], priority=priority
-                )
-            )
+            jobs = iter(await client.submit_many(good, priority=priority))
         except RedisError as error:
-            return outcomes, error
+            return outcomes, _Failure(error, [request.job_id for request in good])
         outcomes += [next(jobs) if isinstance(request, GenerationRequest) else request for request in batch]
     return outcomes, None
 
@@ -152,7 +156,11 @@ def _document(outcome: Job | ProducerError) -> dict[str, Any]:
     return asdict(outcome) if isinstance(outcome, Job) else error_document(outcome)
 
 
-def _show(outcomes: Sequence[Job | ProducerError], failure: RedisError | None, *, numbered: bool) -> None:
+def _failure_document(failure: _Failure) -> dict[str, Any]:
+    return {"error": {**error_document(failure.error)["error"], "job_ids": failure.job_ids}}
+
+
+def _show(outcomes: Sequence[Job | ProducerError], failure: _Failure | None, *, numbered: bool) -> None:
     console = output.stdout()
     for number, outcome in enumerate(outcomes, start=1):
         where = f"request {number}: " if numbered else ""
@@ -164,4 +172,5 @@ def _show(outcomes: Sequence[Job | ProducerError], failure: RedisError | None, *
             output.note(f"{where}{outcome.job_id} was there already: {outcome.state}")
     if failure is not None:
         rest = f", from request {len(outcomes) + 1} on" if numbered else ""
-        output.complain(explain(failure) + rest)
+        again = "publish again with job_id" if numbered else "publish again with --job-id"
+        output.complain(f"{explain(failure.error)}{rest}; may be queued ({again}): {' '.join(failure.job_ids)}")

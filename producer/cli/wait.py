@@ -12,11 +12,11 @@ from rich.text import Text
 
 from producer.async_client import AsyncGenerationClient
 from producer.cli import output
-from producer.cli.command import AsJson, Status, open_client, tell
+from producer.cli.command import AsJson, Status, explain, open_client, tell
 from producer.cli.jobs import retry_advice
 from producer.errors import JobUnknown, ProducerError, WaitTimeout
 from producer.jobs import Progress
-from schemas.events import CancelledEvent, FailedEvent, SucceededEvent, TerminalEvent
+from schemas.events import CancelledEvent, EventError, FailedEvent, SucceededEvent, TerminalEvent
 
 _LOOK_S = 1.0
 
@@ -123,6 +123,9 @@ async def _follow(client: AsyncGenerationClient, job_id: str, board: Board, time
         return board.give_up(job_id, WaitTimeout(message, job_id=job_id))
     except JobUnknown as error:
         return board.give_up(job_id, error)
+    except EventError as error:
+        message = f"the job {job_id}: {explain(error)}"
+        return board.give_up(job_id, ProducerError(message, job_id=job_id))
     raise AssertionError("a job's events end with a terminal one")
 
 

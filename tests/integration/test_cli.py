@@ -1,15 +1,19 @@
 """`publish`, `status`, `cancel` and `stats` on a real Redis: what they print, and their exit status."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+from consumer.attempt import Attempt
+from consumer.keeper import Keeper
 from schemas.entries import decode_entry
+from schemas.fields import is_job_id
 from schemas.keys import Priority
 from schemas.requests import GenerationRequest
 from tests.integration.cli_kit import Cli
-from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, until
 from tests.integration.queue_kit import entries
 
 ACTS = "[red]fox[/red] :smile: \x1b[31m\x9b2J\u202e"
@@ -81,6 +85,7 @@ def test_publishing_a_job_again_says_so_on_stderr_alone(cli: Cli) -> None:
         (["listen", "--drop-group", "nobody"], 2, "no group nobody"),
         (["dead", "replay"], 2, "entry ids, or --error-code, or --all"),
         (["dead", "show", "1-1"], 2, "no dead letter"),
+        (["dead", "show", "99999999999999999999-0"], 2, "no dead letter"),
         (["dead", "replay", "--all", "--changes", "[]"], 2, "--changes"),
         (["fly"], 2, "fly"),
     ],
@@ -164,15 +169,47 @@ def test_cancel_says_what_it_found(cli: Cli) -> None:
 
 
 def test_stats_count_what_waits_and_who_lives(cli: Cli) -> None:
-    cli.run("publish", "a fox", "--priority", "high")
+    cli.run("publish", "a fox", "--priority", "high", "--job-id", "job-1")
     assert "no consumer lives" in cli.run("stats")
-    cli.consume(lambda ann: ann.presence.heartbeat({"gpu": "H200 [x]", "state": "running", "job_id": "job-1"}))
+    cli.consume(announce)
     shown = cli.run("stats").splitlines()
     assert shown[0].split() == ["waiting,", "high", "1"]
-    assert "H200 [x]" in shown[-1]
+    assert shown[-1].split()[-4:] == ["H200", "[x]", "busy", "job-1"]
+    assert "no consumer lives" not in "".join(shown)
     document = cli.run_json("stats")
     assert document["waiting"] == {"high": 1, "normal": 0, "low": 0}
-    assert document["consumers"][0]["name"] == "ann"
+    assert (document["consumers"][0]["name"], document["consumers"][0]["live"]) == ("ann", True)
+
+
+async def announce(ann: Ender) -> None:
+    """What a consumer says of itself that has a job on its GPU."""
+    keeper = Keeper(ann.leases, ann.presence, {"gpu": "H200 [x]"}, lease_s=30)
+    lease, begun = await ann.take()
+    attempt = Attempt(lease, GenerationRequest(job_id=lease.job_id, prompt="a fox"), 1, begun)
+    attempt.stage = "running"
+    keeper.attempts[lease.delivery.place] = attempt
+    keeping = asyncio.create_task(keeper.run())
+
+    async def announced() -> bool:
+        return bool(await ann.redis.exists(ann.keys.consumer("ann")))
+
+    await until(announced)
+    keeping.cancel()
+
+
+@pytest.mark.parametrize(("state", "shown"), [("busy", "silent"), ("failed", "failed")])
+def test_a_consumer_without_a_heartbeat_for_a_minute_is_not_among_the_living(cli: Cli, state: str, shown: str) -> None:
+    async def die(ann: Ender) -> None:
+        await ann.presence.heartbeat({"gpu": "H200", "state": state, "job": "job-1"})
+        seconds, _ = await ann.redis.time()
+        await ann.redis.zadd(ann.keys.consumers, {"ann": (seconds - 61) * 1000})
+
+    cli.consume(die)
+    said = cli.run("stats")
+    assert "no consumer lives" in said
+    assert said.splitlines()[-1].split()[-3:] == ["H200", shown, "job-1"]
+    [consumer] = cli.run_json("stats")["consumers"]
+    assert (consumer["live"], consumer["state"]) == (False, state)
 
 
 def test_a_redis_out_of_reach_is_status_3_and_keeps_its_password(cli: Cli) -> None:
@@ -185,15 +222,41 @@ def test_a_redis_out_of_reach_is_status_3_and_keeps_its_password(cli: Cli) -> No
     assert "canary" not in cli.out + cli.err
 
 
+def test_where_redis_fails_the_jobs_that_may_be_queued_are_named(cli: Cli) -> None:
+    cli.run("publish", "a fox", "--job-id", "job-1", REDIS_URL="redis://127.0.0.1:1/0")
+    assert "may be queued (publish again with --job-id): job-1\n" in cli.err
+    [new] = cli.run_json("publish", "a fox", REDIS_URL="redis://127.0.0.1:1/0")["error"]["job_ids"]
+    assert is_job_id(new)
+
+
+def test_what_was_published_before_redis_failed_is_told_apart_from_what_may_be(cli: Cli) -> None:
+    async def spoil(ann: Ender) -> None:
+        await ann.redis.set(ann.keys.job("j149"), "no hash")
+
+    cli.consume(spoil)
+    names = [f"j{number}" for number in range(230)]
+    lines = "\n".join(json.dumps({"job_id": name, "prompt": "x"}) for name in names)
+    *jobs, failure = cli.run_json("publish", "--file", "-", stdin=lines)
+    assert (cli.status, [job["job_id"] for job in jobs]) == (3, names[:100])
+    assert failure["error"]["job_ids"] == names[100:200]
+    assert cli.run("publish", "--file", "-", stdin=lines).split() == names[:100]
+    assert f"from request 101 on; may be queued (publish again with job_id): {' '.join(names[100:200])}\n" in cli.err
+
+
 @pytest.mark.parametrize(
     "environment",
     [
+        {"REDIS_URL": "redis://:canary@127.0.0.1/0?ssl=true"},
+        {"REDIS_URL": "redis://:canary@127.0.0.1/0?retry=3"},
         {"REDIS_URL": "http://:canary@127.0.0.1/0"},
         {"REDIS_URL": "redis://:p#canary@127.0.0.1/0"},
         {"REDIS_URL": "redis://:p/canary@127.0.0.1:canary/0"},
         {"SDXL_MAX_QUEUE": "canary"},
         {"DATABASE_URL": "canary"},
         {"DATABASE_URL": "nosuch://:canary@h/x"},
+        {"DATABASE_URL": "mysql://u:canary@h/x"},
+        {"DATABASE_URL": "postgresql://u:p@h:canary/x"},
+        {"DATABASE_URL": "sqlite:///x.db?timeout=canary"},
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_and_not_repeated(cli: Cli, environment: dict[str, str]) -> None:

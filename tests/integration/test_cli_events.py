@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from demo.servers import RedisServer
+from producer.store import Store
 from schemas.keys import Keys, Priority
 from tests.integration.cli_kit import Cli
-from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client, a_redis
 from tests.integration.queue_kit import add, entries
 
 
@@ -74,6 +75,37 @@ async def test_listen_goes_on_until_a_signal_comes(cli: Cli, redis_at: RedisServ
         if process.returncode is None:
             process.kill()
     assert (process.returncode, out, err) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--once"], ["--once", "--json"]])
+async def test_listen_stops_when_nobody_reads_what_it_prints_and_loses_nothing(
+    cli: Cli, redis_at: RedisServer, keys: Keys, options: list[str]
+) -> None:
+    async with a_client(redis_at.url, keys) as client, a_redis(redis_at.url) as redis:
+        for number in range(150):  # more than one batch
+            await client.submit(job_id=f"job-{number}", prompt="a fox")
+            await client.cancel(f"job-{number}")
+        ours, theirs = os.pipe()
+        os.close(ours)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "producer", "listen", *options),
+            env={**os.environ, **cli.environment},
+            stdout=theirs,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(theirs)
+        try:
+            async with asyncio.timeout(30):
+                _, err = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        assert (process.returncode, err) == (0, b"")
+        [group] = await redis.xinfo_groups(keys.completions)
+        assert group["pending"] == 0
+    store = Store(cli.environment["DATABASE_URL"])
+    assert [store.job(f"job-{number}") is not None for number in (0, 99, 100)] == [True, True, False]
+    store.close()
 
 
 def test_dead_letters_are_listed_and_shown_to_people_and_to_programs(cli: Cli) -> None:

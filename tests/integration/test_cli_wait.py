@@ -51,6 +51,24 @@ def test_one_unknown_job_does_not_hide_the_others(cli: Cli) -> None:
     assert (cli.status, "nothing is known of a job nobody" in cli.err) == (2, True)
 
 
+@pytest.mark.parametrize("arguments", [["wait", "job-1", "job-2"], ["publish", "a fox", "--job-id", "job-1", "--wait"]])
+def test_an_end_that_this_version_cannot_read_is_told_and_hides_no_other(cli: Cli, arguments: list[str]) -> None:
+    async def spoil(ann: Ender) -> None:
+        await ann.redis.hset(ann.keys.job("job-1"), "event", b'{"type":"generation.dreamt"}')
+
+    for job_id in ("job-1", "job-2"):
+        cli.run("publish", "a fox", "--job-id", job_id)
+        cli.consume(lambda ann: ann.succeed_next())
+    cli.consume(spoil)
+    shown = cli.run(*arguments)
+    assert cli.status == 1
+    assert "the job job-1: this version cannot read an event" in cli.err
+    assert ("job-2  succeeded" in shown) is ("job-2" in arguments)
+    documents = [json.loads(line) for line in cli.run(*arguments, "--json").splitlines()]
+    assert cli.status == 1
+    assert [document["job_id"] for document in documents if "error" in document] == ["job-1"]
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_publish_can_wait_for_what_it_has_published(cli: Cli, as_json: bool) -> None:
     cli.run("publish", "a fox", "--job-id", "job-1")

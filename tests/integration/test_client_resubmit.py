@@ -29,6 +29,10 @@ async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenera
         yield client
 
 
+def _tomorrow() -> datetime:
+    return datetime.now(UTC) + timedelta(days=1)
+
+
 async def newest(redis: Redis, keys: Keys, priority: Priority = Priority.NORMAL) -> RequestEntry:
     [*_, (_, fields)] = await entries(redis, keys.requests(priority))
     return decode_entry(fields)
@@ -58,6 +62,32 @@ async def test_a_second_resubmission_finds_the_run_of_the_first(client: AsyncGen
     await ann.succeed_next(run=2)
     assert await client.resubmit("job-1", steps=30) == Job("job-1", 2, JobState.SUCCEEDED, duplicate=True)
     assert await client.resubmit("job-1", run=2) == Job("job-1", 2, JobState.SUCCEEDED, duplicate=True)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_live_or_succeeded_job_is_a_duplicate_even_where_a_next_run_would_need_a_fresh_url(
+    client: AsyncGenerationClient, ann: Ender, redis: Redis, keys: Keys, ends: bool
+) -> None:
+    await client.submit(job_id="job-1", prompt="a fox", lora_url=f"{FOREIGN_URL}?{CANARY}", expires_at=_tomorrow())
+    if ends:
+        await ann.succeed_next()
+    client._now = lambda: _tomorrow() + timedelta(days=1)
+    state = JobState.SUCCEEDED if ends else JobState.QUEUED
+    for run in (None, 1):
+        assert await client.resubmit("job-1", run=run) == Job("job-1", 1, state, duplicate=True)
+    assert len(await entries(redis, keys.requests(Priority.NORMAL))) == (0 if ends else 1)
+
+
+async def test_a_resubmission_of_a_job_that_waits_wakes_the_consumers_again(redis_at: RedisServer, keys: Keys) -> None:
+    woken: list[str] = []
+
+    async def wake() -> None:
+        woken.append("woken")
+
+    async with a_client(redis_at.url, keys, wake=wake) as client:
+        await client.submit(job_id="job-1", prompt="a fox")
+        await client.resubmit("job-1")
+    assert len(woken) == 2
 
 
 @pytest.mark.parametrize("ends", [False, True])

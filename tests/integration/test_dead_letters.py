@@ -159,7 +159,13 @@ async def test_letters_are_listed_by_code_in_order_of_death_up_to_a_limit(
     assert await list_dead(queue, error_code=ErrorCode.CUDA_OOM) == []
 
 
-@pytest.mark.parametrize("entry_id", ["1767323045000-0", "no-id", "-", "+", "", "1767323045000", "(1-1"])
+@pytest.mark.parametrize(
+    "entry_id",
+    [
+        *("1767323045000-0", "no-id", "-", "+", "", "1767323045000", "(1-1", "١-١"),
+        *(f"{2**64 - 1}-{2**64 - 1}", f"{2**64}-0", f"0-{2**64}"),
+    ],
+)
 async def test_a_letter_that_is_not_there_is_unknown(queue: ProducerQueue, entry_id: str) -> None:
     with pytest.raises(JobUnknown):
         await show(queue, entry_id)
@@ -381,6 +387,22 @@ async def test_a_letter_of_an_id_that_has_expired_and_names_another_job_now_is_r
     [result] = await replay(client, queue, await list_dead(queue))
     assert result.verdict is Verdict.REFUSED
     assert (await the_letter(queue)).run == 2
+
+
+async def test_a_letter_of_an_id_that_has_expired_and_died_again_as_another_job_is_refused(
+    client: AsyncGenerationClient, queue: ProducerQueue, ann: FakeConsumer, redis: Redis, keys: Keys
+) -> None:
+    await a_dead_job(client, ann)
+    await redis.delete(keys.job("job-1"))
+    await client.submit(job_id="job-1", prompt="a blue fox")
+    await die(ann, ErrorCode.TIMEOUT)
+    old, new = await list_dead(queue)
+    for dry_run in (True, False):
+        [result] = await replay(client, queue, [old], dry_run=dry_run)
+        assert (result.verdict, "another job's" in (result.reason or "")) == (Verdict.REFUSED, True)
+    assert await list_dead(queue) == [old, new]
+    [result] = await replay(client, queue, [new])
+    assert (result.verdict, result.run) == (Verdict.REPLAYED, 2)
 
 
 async def test_a_full_queue_refuses_the_replay_and_keeps_the_letter(

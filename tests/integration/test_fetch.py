@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from consumer.bucket import OwnBucket
 from consumer.errors import LoraFetchInterrupted, LoraRefused, LoraUrlExpired, WorkerError
 from consumer.http import DEFAULT_DEADLINES, Deadlines, open_session, retry_after_s
+from consumer.lora import cache as cache_module
 from consumer.lora import fetch as fetch_module
 from consumer.lora.cache import STALE_LEASE_S, CachedLora, LoraCache, object_id
 from consumer.lora.fetch import LoraFetcher, OwnBucketReader
@@ -212,6 +213,28 @@ async def test_leases_of_killed_processes_are_swept_and_live_ones_are_not(bench:
         os.utime(left_behind, (long_ago, long_ago))
         await cache.evict()
         assert bench.leases() == [live]
+
+
+async def test_a_hit_on_a_file_of_long_ago_is_not_swept_away_while_it_is_checked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = LoraCache(bench.folder, PLENTY)
+    name = object_id(bench.stub.url + PATH)
+    with cache.lease() as path:
+        path.write_bytes(BODY)
+        await cache.publish(CachedLora(name, '"e"', SHA256), path)
+    long_ago = datetime.now(UTC).timestamp() - STALE_LEASE_S - 1
+    os.utime(bench.objects()[0], (long_ago, long_ago))
+    digest = cache_module._sha256_of
+
+    def evicted_meanwhile(path: Path) -> str:
+        cache._evict(PLENTY)
+        return digest(path)
+
+    monkeypatch.setattr(cache_module, "_sha256_of", evicted_meanwhile)
+    with cache.lease() as path:
+        assert await cache.take(name, path) is not None
+        assert path.read_bytes() == BODY
 
 
 async def test_processes_that_publish_the_same_object_agree(bench: Bench) -> None:

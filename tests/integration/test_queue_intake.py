@@ -71,7 +71,7 @@ async def test_a_delivery_that_got_lost_on_its_way_is_found_again(redis: Redis, 
     await publish(redis, keys, a_request("b"))
     held = await ann.read_one()
     lost = await ann.read_one()
-    assert [delivery.entry_id for delivery in await ann.intake.unseen({held.entry_id})] == [lost.entry_id]
+    assert [delivery.entry_id for delivery in await ann.intake.unseen({held.place})] == [lost.entry_id]
 
 
 async def test_a_live_consumers_entry_is_not_reclaimed_and_a_dead_ones_is(
@@ -103,7 +103,7 @@ async def test_an_entry_in_our_own_hands_is_not_taken_for_a_dead_ones(
     await publish(redis, keys, a_request())
     delivery = await ann.read_one()
     await let_lease_run_out(redis, keys, delivery, "ann")
-    assert await ann.intake.reclaim({delivery.entry_id}) == []
+    assert await ann.intake.reclaim({delivery.place}) == []
 
 
 async def test_an_entry_deleted_under_its_owner_is_acknowledged_away(

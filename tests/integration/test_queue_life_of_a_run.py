@@ -2,11 +2,13 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
-from consumer.queue import Held
+from consumer.queue import Held, connect
+from demo.servers import redis_server
 from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
 from tests.integration.queue_kit import (
     FakeConsumer,
@@ -108,7 +110,7 @@ async def test_a_consumer_that_lost_its_lease_can_do_nothing(
     assert await ann.leases.progress(lost, 1, 20, 0.0) is Held.LOST
     assert await ann.leases.retry(lost, retrying(lost), 0.1) is Held.LOST
     assert await ann.leases.release(lost) is Held.LOST
-    assert await ann.leases.note_artifact(lost, b"{}", confirmed=False) is None
+    assert await ann.leases.note_upload(lost, b"{}") is None
     assert await bob.fail(owned, attempt=2) == Held.OK
     assert [event["data"]["attempt"] for event in await completions(redis, keys)] == [2]
 
@@ -268,14 +270,50 @@ async def test_an_invalid_entry_is_owned_without_counting_an_attempt(
     assert await where_is(redis, keys) == ["done"]
 
 
-async def test_an_upload_that_cannot_be_read_back_is_noted_once_for_a_run(
+async def test_uploads_that_cannot_be_read_back_are_noted_for_later_attempts_and_runs(
     redis: Redis, keys: Keys, ann: FakeConsumer
 ) -> None:
     await publish(redis, keys, a_request())
-    lease, _ = await ann.take()
-    assert await ann.leases.note_artifact(lease, b"first", confirmed=False) == b""
-    assert await ann.leases.note_artifact(lease, b"second", confirmed=False) == b"first"
-    assert await ann.leases.note_artifact(lease, b"third", confirmed=True) == b"first"
-    assert (await job(redis, keys))["artifact"] == "third"
-    await ann.fail(lease)
-    assert "artifact" not in await job(redis, keys)
+    first, _ = await ann.take()
+    for _ in range(2):  # a lost reply: our own note is not taken for another's
+        assert await ann.leases.note_upload(first, b"one") == []
+    second, _ = await ann.begin(first.delivery)
+    assert await ann.leases.note_upload(second, b"two") == [b"one"]
+    await ann.fail(second)
+    await publish(redis, keys, a_request(), run=2)
+    third, _ = await ann.take()
+    assert await ann.leases.note_upload(third, b"three") == [b"one", b"two"]
+
+
+async def test_entries_with_one_id_in_two_streams_are_two_entries(redis: Redis, keys: Keys, ann: FakeConsumer) -> None:
+    """An id is unique in its stream alone: two priorities in one millisecond may well share one."""
+    for stream in (keys.requests(Priority.HIGH), keys.requests(Priority.NORMAL)):
+        await redis.xadd(stream, {"payload": a_request().encode()}, id="1700000000000-0")
+    owner, begun = await ann.take()
+    assert begun.verdict == "ok"
+    assert (await ann.take())[1].verdict == "duplicate"
+    assert await ann.leases.extend(owner) is Held.OK
+
+
+@pytest.mark.parametrize("step", ["start", "retry", "release", "finish", "extend"])
+async def test_a_full_redis_keeps_no_begun_job_from_going_on(tmp_path: Path, keys: Keys, step: str) -> None:
+    """At maxmemory Redis refuses scripts whose first write needs memory, and lets others go on."""
+    with redis_server(tmp_path) as server:
+        redis = connect(server.url)
+        ann = FakeConsumer(redis, keys, "ann")
+        await publish(redis, keys, a_request())
+        lease, _ = await ann.take()
+        await redis.config_set("maxmemory", "1")
+        match step:
+            case "start":
+                held = await ann.leases.start(lease, started(lease))
+            case "retry":
+                held = await ann.leases.retry(lease, retrying(lease), 1.0)
+            case "release":
+                held = await ann.leases.release(lease)
+            case "extend":
+                held = await ann.leases.extend(lease)
+            case _:
+                held = Held(await ann.fail(lease))
+        assert held is Held.OK
+        await redis.aclose()

@@ -238,14 +238,14 @@ async def test_moto_takes_the_same_put_once(s3_at: S3Server, bucket: OwnBucket) 
     assert stored(bucket)["Body"].read() == PNG
 
 
-async def test_a_connection_that_breaks_in_the_pool_costs_no_part_of_the_picture(
-    stub: S3Stub, uploads: UploadUrls
-) -> None:
+async def test_a_put_whose_reply_is_lost_is_not_sent_again_in_silence(stub: S3Stub, uploads: UploadUrls) -> None:
+    """What the second one is answered (412, since the first has landed) would be taken for the answer."""
     await uploads.put(put_url(stub, "first.png"), PNG)
     path = f"/{BUCKET}/{KEY}"
-    stub.answer(path, reset(), status(200))
-    assert await uploads.put(put_url(stub), PNG) is True
-    assert [seen.body for seen in stub.seen if seen.path == path] == [PNG, PNG]
+    stub.answer(path, reset(), status(412))
+    with pytest.raises(UploadInterrupted):
+        await uploads.put(put_url(stub), PNG)
+    assert [seen.body for seen in stub.seen if seen.path == path] == [PNG]
 
 
 @pytest.mark.parametrize(

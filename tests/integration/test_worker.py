@@ -1,6 +1,7 @@
 """The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import pytest
 from redis import exceptions
 from redis.asyncio import Redis
 
-from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, UploadInterrupted
+from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, ModelBroken, UploadInterrupted
 from consumer.keeper import Keeper
 from consumer.outcomes import Outcomes, RetryPolicy
 from consumer.queue import Delivery, Intake, Leases, Presence, connect, connect_for_blocking_reads
@@ -21,7 +22,7 @@ from consumer.worker import BLOCK_S, Worker
 from demo.servers import RedisServer, redis_server
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
 from tests.fakes import FakeArtifacts, FakeEngine, FakeFetcher
-from tests.integration.queue_kit import a_request, completions, entries, job, let_lease_run_out, publish, where_is
+from tests.integration.queue_kit import a_request, add, completions, entries, job, let_lease_run_out, publish, where_is
 
 
 def _unchanged(reader: Redis) -> Redis:
@@ -364,3 +365,74 @@ async def test_a_picture_made_while_redis_is_away_is_published_when_it_is_back(t
                 assert of_job(events, "job-1") == ["started", "succeeded"]
                 await bench.until(lambda: True)
         await redis.aclose()
+
+
+async def test_two_jobs_whose_entries_share_an_id_are_both_done(bench: Bench) -> None:
+    bench.engine.step_s = 0.05
+    for priority, job_id in ((Priority.HIGH, "a"), (Priority.NORMAL, "b")):
+        payload = a_request(job_id, steps=20).encode()
+        await bench.redis.xadd(bench.keys.requests(priority), {"payload": payload}, id="1700000000000-0")
+    async with bench.working(lease_s=0.6):
+        events = await bench.ended("a", "b")
+    assert [event["data"]["attempt"] for event in events] == [1] * 4
+
+
+async def test_leases_are_renewed_though_the_heartbeat_is_refused(bench: Bench) -> None:
+    bench.engine.step_s = 0.05
+    await bench.redis.set(bench.keys.consumers, "not a sorted set")
+    await publish(bench.redis, bench.keys, a_request(steps=40))
+    async with bench.working("ann", lease_s=0.6), bench.working("bob", lease_s=0.6):
+        events = await bench.ended("job-1")
+    assert events[-1]["data"]["attempt"] == 1
+    await bench.redis.delete(bench.keys.consumers)
+
+
+async def test_a_broken_model_ends_the_consumer_and_leaves_the_job_to_another(bench: Bench) -> None:
+    bench.engine.fail_with = [ModelBroken("The device is lost")]
+    for name in ("a", "b"):
+        await publish(bench.redis, bench.keys, a_request(name))
+    async with bench.worker("ann") as worker:
+        await asyncio.wait_for(worker.run(), 10)
+    assert isinstance(worker.broken, ModelBroken)
+    assert bench.engine.log.count("prepare") <= 2  # nothing more was taken
+    async with bench.working("bob"):
+        events = await bench.ended("a", "b")
+    assert of_job(events, "a") == ["started", "retrying", "started", "succeeded"]
+    assert {event["data"]["consumer"] for event in events if event["type"] == "generation.succeeded"} == {"bob"}
+
+
+async def test_a_job_whose_drawing_cannot_be_stopped_is_handed_back_uncounted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.worker._ABANDON_AFTER_S", 0.1)
+    bench.engine.step_s = 1.5  # longer than the worker waits
+    await publish(bench.redis, bench.keys, a_request())
+    async with bench.working(drain_s=0.1) as worker:
+        await bench.until(bench.engine.drawing.is_set)
+        await bench.until(lambda: "prepare" in bench.engine.log)
+        await asyncio.sleep(0.1)
+        worker.request_stop()
+    held = await job(bench.redis, bench.keys)
+    assert (held["state"], held["attempt"], held["handbacks"]) == ("queued", "0", "1")
+
+
+async def test_a_worker_is_idle_from_its_last_jobs_end_on(bench: Bench) -> None:
+    async with bench.worker(idle_exit_s=1.0) as worker:
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(0.7)
+        await publish(bench.redis, bench.keys, a_request())
+        await bench.ended("job-1")
+        ended_at = time.monotonic()
+        await asyncio.wait_for(running, 10)
+        assert time.monotonic() - ended_at >= 0.9
+
+
+async def test_a_retried_job_keeps_its_trace(bench: Bench) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    bench.fetcher.fail_with = [LoraFetchInterrupted("503")]
+    bench.engine.fail_with = [ZeroDivisionError()]
+    payload, traceparent = a_request(lora_key="x").encode(), f"00-{trace}-b7ad6b7169203331-01".encode()
+    await add(bench.redis, bench.keys.requests(Priority.NORMAL), {"payload": payload, "traceparent": traceparent})
+    async with bench.working(max_attempts=2):
+        events = await bench.ended("job-1")
+    assert events[-1]["data"]["details"] == {"trace_id": trace}

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras, StockEngine
 from consumer.lora.shapes import ModelShapes, lora_modules
-from consumer.pipeline import Pixels, noise
+from consumer.pipeline import Pixels, noise, seeded
 from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
 
@@ -178,9 +178,18 @@ def test_prompt_and_seed_are_visible(engine: StockEngine, plain: GeneratedImage)
 
 def test_a_missing_seed_is_the_jobs_and_noise_is_drawn_in_float32(stock: Stock) -> None:
     unseeded = a_request(seed=None, width=768)
-    start = noise(stock.pipeline, unseeded)
+    start = noise(stock.pipeline, unseeded, seeded(unseeded))
     assert start.shape == (1, 4, 64, 96)
-    assert torch.equal(start, noise(stock.pipeline, a_request(seed=unseeded.effective_seed, width=768)))
-    assert not torch.equal(start, noise(stock.pipeline, a_request(seed=1, width=768)))
+    for seed, same in ((unseeded.effective_seed, True), (1, False)):
+        request = a_request(seed=seed, width=768)
+        assert torch.equal(start, noise(stock.pipeline, request, seeded(request))) is same
     generator = torch.Generator("cpu").manual_seed(unseeded.effective_seed)
     assert torch.equal(start, torch.randn(1, 4, 64, 96, generator=generator, dtype=torch.float32))
+
+
+def test_a_scheduler_that_draws_noise_at_every_step_is_seeded_too(tiny_model: Path) -> None:
+    engine = StockEngine.load(str(tiny_model), device="cpu", dtype="float32")
+    scheduler = engine._pipeline.scheduler
+    engine._pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)
+    first, second = (draw(engine) for _ in range(2))
+    assert np.array_equal(first.pixels, second.pixels)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from schemas.entries import MAX_RUN, decode_entry, encode_entry
+from schemas.entries import MAX_RUN, MAX_SALVAGED_BYTES, decode_entry, encode_entry
 from schemas.errors import ErrorCode
 from schemas.requests import GenerationRequest
 
@@ -210,3 +210,27 @@ def test_whatever_is_in_an_entry_it_is_decoded_or_refused_without_repeating_it(
         text = f"{entry.error} {entry.error!r} {entry.error.details} {entry.job_id} {entry.traceparent}"
         assert "r2.example" not in text
         assert "0f9e8d7c6b5a" not in text
+
+
+@pytest.mark.parametrize(
+    ("payload", "echo"),
+    [
+        (b'{"job_id":"a","prompt":"p","zzz":1,"metadata":{"order":42}}', {"order": 42}),
+        (b'{"job_id":"a","prompt":" ","metadata":{"order":42}}', {"order": 42}),
+        (b'{"job_id":"a","metadata":"none"}', {}),
+        (b'{"job_id":"a","metadata":{"a":"\\u0000"}}', {}),
+        (b'{"job_id":"a","metadata":{"a":1,"a":2}}', {}),
+        (b"[]", {}),
+        (b"\xff", {}),
+    ],
+)
+def test_what_is_refused_for_something_else_echoes_its_metadata(payload: bytes, echo: dict[str, int]) -> None:
+    entry = decode_entry({b"payload": payload})
+    assert entry.error is not None
+    assert entry.metadata == echo
+
+
+def test_a_payload_of_absurd_size_is_not_searched_for_an_id() -> None:
+    payload = b'{"job_id":"a","prompt":"' + b"x" * MAX_SALVAGED_BYTES + b'"}'
+    assert decode_entry({b"payload": payload}).job_id is None
+    assert decode_entry({b"payload": payload, b"job_id": b"a"}).job_id == "a"

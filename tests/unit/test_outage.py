@@ -21,6 +21,19 @@ async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], mo
     assert await until_answered(step, what="step") == "answer"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error running script (call to f_1): @user_script:3: @user_script: 3: -OOM command not allowed",
+        "NOREPLICAS Not enough good replicas to write.",
+        "MISCONF Redis is configured to save RDB snapshots",
+        "Error running script: -READONLY You can't write against a read only replica.",
+    ],
+)
+def test_refusals_that_pass_are_told_by_their_text_too(text: str) -> None:
+    assert outage.is_passing(ResponseError(text))
+
+
 async def test_what_repeating_cannot_cure_is_raised() -> None:
     async def step() -> None:
         raise ResponseError("WRONGTYPE")

@@ -48,13 +48,15 @@ async def test_a_jobs_hash_is_read_with_its_types(redis: Any, queue: ProducerQue
 async def test_stats_name_every_stream_the_counters_and_who_lives(redis: Any, queue: ProducerQueue) -> None:
     await redis.xadd(KEYS.requests(Priority.LOW), {"payload": "x"})
     await redis.hset(KEYS.counters, "duplicates", 3)
-    await redis.zadd(KEYS.consumers, {"ann": 1_700_000_000_000})
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)
+    await redis.zadd(KEYS.consumers, {"ann": 1_700_000_000_000, "bob": now_ms})
     await redis.hset(KEYS.consumer("ann"), mapping={"state": "idle", "gpu": "cpu"})
     stats = await queue.stats()
     assert stats["waiting"] == {"high": 0, "normal": 0, "low": 1}
     assert stats["counters"] == {"duplicates": 3}
     assert stats["consumers"] == [
-        {"name": "ann", "last_heartbeat_ms": 1_700_000_000_000, "state": "idle", "gpu": "cpu"}
+        {"name": "ann", "last_heartbeat_ms": 1_700_000_000_000, "state": "idle", "gpu": "cpu", "live": False},
+        {"name": "bob", "last_heartbeat_ms": now_ms, "live": True},
     ]
 
 

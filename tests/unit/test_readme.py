@@ -9,6 +9,8 @@ from pydantic_settings import BaseSettings
 
 from consumer.settings import ConsumerSettings
 from producer.settings import ProducerSettings
+from schemas.keys import Keys, Priority
+from schemas.requests import decode_request
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +30,14 @@ def test_the_settings_table_has_every_variable_and_no_other() -> None:
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_python_examples_compile(code: str) -> None:
     compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_the_redis_example_is_a_good_request_in_a_stream_that_there_is() -> None:
+    [(stream, job_id, payload)] = re.findall(
+        r"^redis-cli XADD '(.*)' '\*' job_id (\S+) payload '(.*)'$", README, re.MULTILINE
+    )
+    assert stream == Keys().requests(Priority.NORMAL)
+    assert decode_request(payload.encode()).job_id == job_id
 
 
 def test_every_local_link_leads_somewhere() -> None:

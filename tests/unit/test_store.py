@@ -17,7 +17,7 @@ from sqlalchemy.schema import CreateTable
 
 from producer.completions import decode_completion
 from producer.queue import StreamEntry
-from producer.store import Store
+from producer.store import DatabaseRefused, Store
 from producer.tables import METADATA
 from schemas.events import Event, SucceededEvent
 from schemas.keys import JobState
@@ -75,6 +75,26 @@ def test_an_event_is_stored_with_its_own_bytes_even_what_this_reader_does_not_kn
         1,
         "generation.started",
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (f"mysql://u:{CANARY}@host/x", "neither SQLite nor PostgreSQL"),
+        (f"mysql+nosuch://u:{CANARY}@host/x", "neither SQLite nor PostgreSQL"),
+        (f"{CANARY}://host/x", "neither SQLite nor PostgreSQL"),
+        (f"postgresql+{CANARY}://host/x", "not the URL of a database"),
+        (f"postgresql://host:{CANARY}/x", "not the URL of a database"),
+        (f"sqlite:///x.db?timeout={CANARY}", "not the URL of a database"),
+        (f"sqlite:///x.db?timeout={CANARY}&timeout=2", "not the URL of a database"),
+        (CANARY, "not the URL of a database"),
+        ("postgresql+pg8000://host/x", "its driver is not installed: pg8000"),
+    ],
+)
+def test_a_database_that_cannot_serve_is_refused_before_anything_is_stored(url: str, said: str) -> None:
+    with pytest.raises(DatabaseRefused) as caught:
+        Store(url)
+    assert str(caught.value) == said
 
 
 def test_a_duplicate_changes_nothing(store: Store, file: Path) -> None:
