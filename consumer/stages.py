@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from consumer.attempt import Attempt
 from consumer.engine import Engine, GeneratedImage, LoraFile, PreparedLoras
+from consumer.errors import HandedBack, ModelBroken
 from consumer.images import encode_png
 from consumer.keeper import heed
 from consumer.outage import until_answered
@@ -58,7 +59,7 @@ class Generated:
 
 
 class Stages:
-    """The stages of every job of one consumer, around its one GPU."""
+    """The stages of every job of one consumer, around its one GPU. Once the model is `broken` nothing is drawn any more."""
 
     def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Sink, leases: Leases, consumer: str) -> None:
         self._engine = engine
@@ -66,6 +67,7 @@ class Stages:
         self._artifacts = artifacts
         self._leases = leases
         self._consumer = consumer
+        self.broken: ModelBroken | None = None
         self._gpu = asyncio.Lock()
         self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="gpu")
 
@@ -85,6 +87,9 @@ class Stages:
             try:
                 with attempt.working():
                     image = await self._draw(attempt, loras, progress)
+            except ModelBroken as error:
+                self.broken = error  # before the next job gets the GPU
+                raise
             finally:
                 self._gpu.release()
                 progress.end()
@@ -122,6 +127,8 @@ class Stages:
         return await asyncio.to_thread(self._engine.prepare, loras)
 
     async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: "_Progress") -> GeneratedImage:
+        if self.broken is not None:
+            raise HandedBack
         attempt.stage = "running"
         attempt.check()
         self._artifacts.check(attempt)  # the upload URL may have expired behind another job

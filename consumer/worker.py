@@ -56,21 +56,22 @@ class Worker:
         self._swept_at = 0.0
         self._busy_at = 0.0
         self._reread = True
-        self.broken: ModelBroken | None = None
 
     def request_stop(self) -> None:
         """Begins to drain; the second time, hands everything back at once. A signal handler of the loop."""
         self._stop.request()
 
     @property
+    def broken(self) -> ModelBroken | None:
+        """Why the model can draw no more; the jobs that it has not drawn are tried elsewhere."""
+        return self._stages.broken
+
+    @property
     def stopping(self) -> bool:
         return self._stop.asked.is_set()
 
     async def run(self) -> None:
-        """Works until told to stop, until idle for as long as the settings say, or until the model breaks; then drains.
-
-        A model that broke under a job is left in `broken`: the job is tried elsewhere.
-        """
+        """Works until told to stop, until idle for as long as the settings say, or until `broken`; then drains."""
         keeping = asyncio.create_task(self._keeper.run())
         keeping.add_done_callback(self._stop_without_leases)
         try:
@@ -173,8 +174,7 @@ class Worker:
         try:
             data = await self._work(lease, entry, begun, slot)
         except Exception as error:
-            if isinstance(error, ModelBroken):
-                self.broken = error
+            if self.broken is not None:
                 self._stop.asked.set()
             await self._outcomes.end(lease, entry, begun, error)
         else:
