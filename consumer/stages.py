@@ -59,7 +59,7 @@ class Generated:
 
 
 class Stages:
-    """The stages of every job of one consumer, around its one GPU. Once the model is `broken` nothing is drawn any more."""
+    """The stages of every job of one consumer, around its one GPU; none is drawn once the model is `broken`."""
 
     def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Sink, leases: Leases, consumer: str) -> None:
         self._engine = engine
