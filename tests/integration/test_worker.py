@@ -82,6 +82,12 @@ class Bench:
                     return events
                 await asyncio.sleep(0.02)
 
+    async def started(self, job_id: str = "job-1") -> None:
+        """Waits until the job is drawn, and this is published."""
+        async with asyncio.timeout(10):
+            while "started" not in of_job(await completions(self.redis, self.keys), job_id):
+                await asyncio.sleep(0.005)
+
     async def until(self, condition: Any, within_s: float = 10) -> None:
         async with asyncio.timeout(within_s):
             while not condition():
@@ -254,7 +260,7 @@ async def test_a_running_job_is_cancelled_at_its_next_step(bench: Bench) -> None
     bench.engine.step_s = 0.05
     async with bench.working():
         await publish(bench.redis, bench.keys, a_request(steps=50))
-        await bench.until(bench.engine.drawing.is_set)
+        await bench.started()
         await bench.redis.set(bench.keys.cancel("job-1"), 1, ex=604800)
         events = await bench.ended("job-1")
     assert of_job(events, "job-1") == ["started", "cancelled"]
@@ -276,7 +282,7 @@ async def test_a_consumer_that_lost_its_lease_stops_and_publishes_nothing(bench:
     bench.engine.step_s = 0.05
     async with bench.working():
         entry_id = await publish(bench.redis, bench.keys, a_request(steps=50))
-        await bench.until(bench.engine.drawing.is_set)
+        await bench.started()
         delivery = Delivery(bench.keys.requests(Priority.NORMAL), entry_id, {})
         await let_lease_run_out(bench.redis, bench.keys, delivery, "bob")
         await bench.redis.hset(bench.keys.job("job-1"), "lease", "bob#1")
@@ -328,7 +334,7 @@ async def test_a_second_stop_hands_the_running_job_back_too(bench: Bench) -> Non
     bench.engine.step_s = 0.05
     await publish(bench.redis, bench.keys, a_request(steps=50))
     async with bench.working() as worker:
-        await bench.until(bench.engine.drawing.is_set)
+        await bench.started()
         worker.request_stop()
         worker.request_stop()
     assert (await job(bench.redis, bench.keys))["attempt"] == "0"
@@ -356,7 +362,7 @@ async def test_a_picture_made_while_redis_is_away_is_published_when_it_is_back(t
         bench = Bench(redis, keys, server.url, FakeEngine(step_s=0.02))
         async with bench.working(lease_s=30):
             await publish(redis, keys, a_request(steps=50))
-            await bench.until(bench.engine.drawing.is_set)
+            await bench.started()
             server.process.kill()
             server.process.wait()
             await bench.until(lambda: "drawn job-1" in bench.engine.log)
