@@ -1,17 +1,18 @@
 """Living through a Redis that is away: a step of the protocol is repeated until it is answered."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
+from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-_MAX_DELAY_S = 2.0
+_BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=2.0)
+_BACKOFF_STEPS = 16  # it reaches its cap before, and overflows far behind
 _PASSING_REFUSALS = (ReadOnlyError, OutOfMemoryError, NoPermissionError)
 # Redis 6.2 wraps what a command in a script answers, so that only its text tells.
 _PASSING_TEXTS = ("READONLY", "OOM", "NOREPLICAS", "MISCONF", "NOPERM", "LOADING", "BUSY ", "MASTERDOWN", "CLUSTERDOWN")
@@ -38,6 +39,6 @@ async def until_answered(step: Callable[[], Awaitable[T]], *, what: str) -> T:
             if not is_passing(error):
                 raise
             failures += 1
-            delay_s = random.uniform(0.5, 1.0) * min(_MAX_DELAY_S, 0.1 * 2**failures)  # noqa: S311
+            delay_s = _BACKOFF.compute(min(failures, _BACKOFF_STEPS))
             log.warning("redis.out_of_reach", step=what, error=type(error).__name__, failures=failures)
             await asyncio.sleep(delay_s)

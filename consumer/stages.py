@@ -6,9 +6,9 @@ uploaded. Only `generate` needs the GPU, and only one job has it at a time.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,21 +80,32 @@ class Stages:
             with attempt.working():
                 loras = await attempt.guard(self._prepare(attempt, files))
             prepare_s = attempt.worked_s
-            await attempt.guard(self._gpu.acquire())
-            queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
-            progress = _Progress(attempt, self._leases)
-            written = asyncio.gather(self._publish_started(attempt, queued_s), progress.write())
-            try:
+            async with AsyncExitStack() as behind, self._holding_gpu(attempt):
+                queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
+                progress = _Progress(attempt, self._leases)
+                written = asyncio.gather(self._publish_started(attempt, queued_s), progress.write())
+                # awaited while the next job has the GPU, and before this run can end
+                behind.push_async_callback(progress.end, written)
                 with attempt.working():
                     image = await self._draw(attempt, loras, progress)
-            except ModelBroken as error:
-                self.broken = error  # before the next job gets the GPU
-                raise
-            finally:
-                self._gpu.release()
-                progress.end()
-                await written  # while the next job has the GPU, and before this run can end
             return Generated(image, prepare_s, queued_s, gpu_s=attempt.worked_s - prepare_s)
+
+    @asynccontextmanager
+    async def _holding_gpu(self, attempt: Attempt) -> AsyncIterator[None]:
+        """Waits for the GPU, and looks once more whether the job may have it."""
+        await attempt.guard(self._gpu.acquire())
+        try:
+            if self.broken is not None:
+                raise HandedBack
+            attempt.check()
+            self._artifacts.check(attempt)  # the upload URL may have expired behind another job
+            attempt.stage = "running"
+            yield
+        except ModelBroken as error:
+            self.broken = error  # before the next job gets the GPU
+            raise
+        finally:
+            self._gpu.release()
 
     async def deliver(self, attempt: Attempt, generated: Generated) -> SucceededData:
         """Encodes and stores the picture, and says what there is to say of it."""
@@ -127,11 +138,6 @@ class Stages:
         return await asyncio.to_thread(self._engine.prepare, loras)
 
     async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: "_Progress") -> GeneratedImage:
-        if self.broken is not None:
-            raise HandedBack
-        attempt.stage = "running"
-        attempt.check()
-        self._artifacts.check(attempt)  # the upload URL may have expired behind another job
         loop = asyncio.get_running_loop()
 
         def on_step(step: int, total: int) -> None:
@@ -201,9 +207,10 @@ class _Progress:
         self._latest = (step, total)
         self._news.set()
 
-    def end(self) -> None:
+    async def end(self, written: Awaitable[object]) -> None:
         self._ended = True
         self._news.set()
+        await written
 
     async def write(self) -> None:
         """Runs until `end` is called."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from consumer.attempt import Attempt
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras
+from consumer.errors import UploadRefused
 from consumer.storage import StoredArtifact
 from schemas.requests import GenerationRequest, LoraRef
 
@@ -73,11 +74,14 @@ class FakeArtifacts:
 
     def __init__(self, store_s: float = 0.0) -> None:
         self.store_s = store_s
+        self.refuse_at_check: int | None = None
         self.log: list[str] = []
         self.fail_with: list[Exception] = []
 
     def check(self, attempt: Attempt) -> None:
-        pass
+        self.log.append("check")
+        if self.log.count("check") == self.refuse_at_check:
+            raise UploadRefused("the upload URL has expired", retry_after_s=0)
 
     def address(self, request: GenerationRequest) -> tuple[str | None, str | None]:
         return None, request.image_key

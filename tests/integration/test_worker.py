@@ -442,3 +442,12 @@ async def test_a_retried_job_keeps_its_trace(bench: Bench) -> None:
     async with bench.working(max_attempts=2):
         events = await bench.ended("job-1")
     assert events[-1]["data"]["details"] == {"trace_id": trace}
+
+
+async def test_an_upload_url_that_expires_behind_another_job_costs_no_gpu_time(bench: Bench) -> None:
+    bench.artifacts.refuse_at_check = 2  # the first is before the preparation
+    await publish(bench.redis, bench.keys, a_request())
+    async with bench.working():
+        events = await bench.ended("job-1")
+    assert of_job(events, "job-1") == ["failed"]
+    assert "draw job-1" not in bench.engine.log

@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 from redis import exceptions
+from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import BusyLoadingError, NoPermissionError, ReadOnlyError, ResponseError
 
 from consumer import outage
@@ -10,7 +11,7 @@ from consumer.outage import until_answered
 
 @pytest.mark.parametrize("kind", [exceptions.ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError])
 async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outage, "_MAX_DELAY_S", 0.001)
+    monkeypatch.setattr(outage, "_BACKOFF", ExponentialWithJitterBackoff(base=0.001, cap=0.001))
     failures = [kind("away")] * 3
 
     async def step() -> str:
