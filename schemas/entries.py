@@ -33,14 +33,6 @@ class RequestEntry:
     traceparent: str | None = None
 
 
-def encode_entry(request: GenerationRequest, run: int = 1, traceparent: str | None = None) -> dict[str, bytes]:
-    """The fields of the stream entry that carries `request`."""
-    fields = {"payload": request.encode(), "job_id": request.job_id.encode(), "run": str(run).encode()}
-    if traceparent is not None:
-        fields["traceparent"] = traceparent.encode()
-    return fields
-
-
 def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
     """Reads the fields of a stream entry, whatever is in them."""
     raw = fields.get(b"payload", b"")
