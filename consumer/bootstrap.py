@@ -14,7 +14,6 @@ from consumer.artifacts import Artifacts
 from consumer.bucket import OwnBucket
 from consumer.engine import Engine, StockEngine
 from consumer.errors import ModelBroken
-from consumer.http import open_session
 from consumer.keeper import Keeper
 from consumer.lora.cache import LoraCache
 from consumer.lora.fetch import LoraFetcher, OwnBucketReader
@@ -23,9 +22,10 @@ from consumer.queue import Intake, Leases, Presence, connect, connect_for_blocki
 from consumer.settings import ConsumerSettings
 from consumer.stages import Stages
 from consumer.storage import ArtifactStore, UploadUrls
-from consumer.urls import HostRules
 from consumer.worker import BLOCK_S, Worker
 from schemas.keys import Keys
+from schemas.net.http import open_session
+from schemas.net.urls import HostRules
 from schemas.redact import redact_text
 
 log = structlog.get_logger(__name__)

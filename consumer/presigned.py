@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlsplit
 
-from consumer.urls import ForbiddenUrl
+from schemas.net.urls import ForbiddenUrl
 
 MAX_LIFETIME_S = 604_800
 

@@ -14,7 +14,8 @@ from pydantic import JsonValue
 
 from consumer.bucket import OwnBucket
 from consumer.errors import LeaseLost, UploadInterrupted, UploadRefused, WorkerError
-from consumer.http import (
+from consumer.presigned import MAX_LIFETIME_S, read_lifetime
+from schemas.net.http import (
     DEFAULT_DEADLINES,
     Clock,
     Deadlines,
@@ -24,8 +25,7 @@ from consumer.http import (
     retry_after_s,
     utc_now,
 )
-from consumer.presigned import MAX_LIFETIME_S, read_lifetime
-from consumer.urls import ForbiddenUrl, HostRules
+from schemas.net.urls import ForbiddenUrl, HostRules
 
 CONTENT_TYPE = "image/png"
 MAX_CLOCK_SKEW = timedelta(minutes=15)  # what S3 itself grants a URL that is dated in the future

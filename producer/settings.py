@@ -22,6 +22,11 @@ class ProducerSettings(BaseSettings):
     r2_bucket: str | None = Field(None, alias="R2_BUCKET_NAME")
     r2_endpoint_url: str | None = Field(None, alias="R2_ENDPOINT_URL")
 
+    webhook_secret: SecretStr | None = Field(None, alias="WEBHOOK_SECRET")
+    webhook_allowed_hosts: str | None = Field(None, alias="WEBHOOK_ALLOWED_HOSTS")
+    allow_loopback: bool = Field(False, alias="LORA_ALLOW_LOOPBACK")
+    api_token: SecretStr | None = Field(None, alias="MODAL_API_TOKEN")
+
     @field_validator("r2_endpoint_url")
     @classmethod
     def _without_trailing_slash(cls, value: str | None) -> str | None:

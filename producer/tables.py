@@ -11,6 +11,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Double,
+    Index,
     MetaData,
     Table,
     Text,
@@ -97,6 +98,32 @@ IMAGES = Table(
     Column("model_info", JSON, nullable=False),
     Column("gpu", Text, nullable=False),
     Column("gpu_seconds", Double, nullable=False),
+)
+
+PENDING, DELIVERED, GAVE_UP, DISABLED = "pending", "delivered", "failed", "disabled"
+
+DELIVERIES = Table(
+    "deliveries",
+    METADATA,
+    Column("event_id", Text, primary_key=True),  # `webhook-id`; the body is the event's payload in `events`
+    Column("job_id", Text, nullable=False, index=True),
+    Column("url", Text, nullable=False),  # without its query
+    Column("state", Text, nullable=False),
+    Column("attempts", BigInteger, nullable=False),
+    Column("due_at", _UtcDateTime, nullable=False),  # of the next attempt, while pending
+    Column("status", BigInteger),  # HTTP status of the last attempt that was answered
+    Column("error", Text),  # why the last attempt failed
+    Column("created_at", _UtcDateTime, nullable=False),
+    Column("ended_at", _UtcDateTime),
+    Index("ix_deliveries_state_due_at", "state", "due_at"),
+)
+
+DISABLED_ENDPOINTS = Table(
+    "disabled_endpoints",
+    METADATA,
+    Column("url", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("disabled_at", _UtcDateTime, nullable=False),
 )
 
 

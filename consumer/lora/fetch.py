@@ -14,7 +14,8 @@ from aiohttp import ClientResponse, ClientSession
 from pydantic import JsonValue
 
 from consumer.errors import LoraFetchInterrupted, LoraRefused, LoraUrlExpired, WorkerError
-from consumer.http import (
+from consumer.lora.cache import CachedLora, LoraCache, is_cacheable, object_id
+from schemas.net.http import (
     DEFAULT_DEADLINES,
     Clock,
     Deadlines,
@@ -24,8 +25,7 @@ from consumer.http import (
     retry_after_s,
     utc_now,
 )
-from consumer.lora.cache import CachedLora, LoraCache, is_cacheable, object_id
-from consumer.urls import ForbiddenUrl, HostRules
+from schemas.net.urls import ForbiddenUrl, HostRules
 from schemas.requests import LoraRef
 
 CHUNK_BYTES = 1 << 20

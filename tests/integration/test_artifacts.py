@@ -11,11 +11,11 @@ from consumer.artifacts import Artifacts
 from consumer.attempt import Attempt
 from consumer.bucket import OwnBucket
 from consumer.errors import LeaseLost, UploadInterrupted, UploadRefused
-from consumer.http import open_session
 from consumer.storage import ArtifactStore, UploadUrls
-from consumer.urls import HostRules
 from demo.servers import S3Server
 from schemas.keys import Keys
+from schemas.net.http import open_session
+from schemas.net.urls import HostRules
 from tests.integration.queue_kit import FakeConsumer, a_request, publish
 
 BUCKET = "uploads"

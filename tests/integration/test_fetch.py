@@ -16,12 +16,12 @@ from pydantic import SecretStr
 
 from consumer.bucket import OwnBucket
 from consumer.errors import LoraFetchInterrupted, LoraRefused, LoraUrlExpired, WorkerError
-from consumer.http import DEFAULT_DEADLINES, Deadlines, open_session, retry_after_s
 from consumer.lora import cache as cache_module
 from consumer.lora import fetch as fetch_module
 from consumer.lora.cache import STALE_LEASE_S, CachedLora, LoraCache, object_id
 from consumer.lora.fetch import LoraFetcher, OwnBucketReader
-from consumer.urls import HostRules
+from schemas.net.http import DEFAULT_DEADLINES, Deadlines, open_session, retry_after_s
+from schemas.net.urls import HostRules
 from schemas.requests import LoraRef
 from tests.s3_stub import (
     ACCESS_KEY,

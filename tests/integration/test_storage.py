@@ -14,10 +14,10 @@ from pydantic import SecretStr
 
 from consumer.bucket import BucketNotConfigured, OwnBucket
 from consumer.errors import LeaseLost, UploadInterrupted, UploadRefused
-from consumer.http import Deadlines, open_session
 from consumer.storage import ArtifactStore, StoredArtifact, UploadUrls
-from consumer.urls import HostRules
 from demo.servers import S3Server
+from schemas.net.http import Deadlines, open_session
+from schemas.net.urls import HostRules
 from tests.s3_stub import ACCESS_KEY, SECRET_KEY, Reply, S3Stub, reset, silence, status
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(3 << 20)  # aiohttp warns of bodies above 1 MiB that are sent as plain bytes

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from consumer.presigned import Lifetime, read_lifetime
-from consumer.urls import ForbiddenUrl, HostRule, HostRules, check_addresses, is_public
+from schemas.net.urls import ForbiddenUrl, HostRule, HostRules, check_addresses, is_public
 
 HOST = "acc.r2.example.com"
 OWN = HostRules.own(f"https://{HOST}", "loras")

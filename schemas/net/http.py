@@ -16,7 +16,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from consumer.urls import HostRules, check_addresses
+from schemas.net.urls import HostRules, check_addresses
 from schemas.redact import without_query
 
 READ_BUFFER_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Which URLs a consumer may open: allow-lists of hosts and buckets, and the policy for addresses.
+"""Which URLs may be opened: allow-lists of hosts and buckets, and the policy for addresses.
 
 A URL is read once, by a pattern so narrow that no two parsers can differ about what it lets through.
 """
