@@ -34,7 +34,7 @@ gpu_image = (
     .add_local_python_source("consumer", "schemas")
 )
 cpu_image = base.pip_install_from_pyproject(
-    "pyproject.toml", ["modal"], extra_options="-c /root/constraints.txt"
+    "pyproject.toml", ["gateway", "modal"], extra_options="-c /root/constraints.txt"
 ).add_local_python_source("producer", "schemas")
 
 
@@ -103,10 +103,10 @@ async def scale() -> int:
 
 @app.function(image=cpu_image, secrets=[secret])
 @modal.concurrent(max_inputs=100)
-@modal.asgi_app(label="health")
+@modal.asgi_app(label="gateway")
 def web() -> object:
-    """`GET /health`."""
-    from producer.health import create_app
+    """The HTTP gateway: `GET /health`, and the rest for whoever has `MODAL_API_TOKEN`, which the secret may hold."""
+    from producer.gateway import create_app
     from producer.settings import ProducerSettings
 
-    return create_app(ProducerSettings())
+    return create_app(ProducerSettings(), wake=scale.spawn.aio)

@@ -13,7 +13,7 @@ import torch
 from consumer.errors import GenerationFailed, GpuOutOfMemory, ModelBroken, WorkerError
 from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
-from consumer.lora.shapes import ModelShapes
+from consumer.lora.shapes import model_shapes
 from consumer.lora.weights import PatchableWeights
 from consumer.pipeline import Pixels, cut_prompts, decode, describe, load_pipeline, noise, sampler_name, seeded
 from schemas.events import AppliedLora
@@ -73,7 +73,7 @@ class StockEngine:
     def __init__(self, pipeline: Any, base_model: str) -> None:
         self._pipeline = pipeline
         self._device = torch.device(pipeline.device)
-        self._shapes = ModelShapes.of(pipeline)
+        self._shapes = model_shapes(pipeline)
         self._weights = PatchableWeights(pipeline)
         self._base_model = base_model
 

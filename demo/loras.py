@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from consumer.lora.shapes import ModelShapes
+from consumer.lora.shapes import model_shapes
+from schemas.lora.shapes import ModelShapes
 
 Modules = Mapping[str, tuple[int, ...]]
 
@@ -29,7 +30,7 @@ def shapes_of(folder: Path) -> ModelShapes:
         text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
         config_2 = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
         text_encoder_2 = CLIPTextModelWithProjection(config_2)
-    return ModelShapes.of(SimpleNamespace(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2))
+    return model_shapes(SimpleNamespace(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2))
 
 
 def attention_modules(shapes: ModelShapes, *, text_encoders: bool = False) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from demo.servers import ServerFailed
 from demo.stack import BUCKET, CONSUMER_LOG, DATABASE, Interrupted, Stack, open_stack
 from demo.tour import run_jobs
 from producer.cli import output
+from producer.database import open_engine
 from producer.errors import ProducerError
 from producer.store import Store
 from schemas.events import FailedEvent, SucceededEvent, TerminalEvent
@@ -85,13 +86,14 @@ def _pictures(stack: Stack, events: Mapping[str, TerminalEvent]) -> dict[str, by
 def _problems(out: Path, ends: Sequence[EndedJob], credentials: Sequence[str]) -> list[str]:
     """Looks at everything that the demo has left behind, once nothing runs any more."""
     problems = [problem for ended in ends for problem in check_end(ended)]
-    store = Store(f"sqlite:///{out / DATABASE}")
+    engine = open_engine(f"sqlite:///{out / DATABASE}")
+    store = Store(engine)
     try:
         for ended in ends:
             job_id = ended.job.job_id
             problems += check_stored(ended, store.job(job_id), store.image(job_id))
     finally:
-        store.close()
+        engine.dispose()
     kept = [out / CONSUMER_LOG, out / _BACKEND_LOG, *out.glob(f"{DATABASE}*")]
     problems += check_distinct(ends)
     problems += check_secrets(((file.name, file.read_bytes()) for file in kept), credentials)

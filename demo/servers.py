@@ -93,7 +93,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     """
     log = folder / "s3.log"
     with _running([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"], log) as process:
-        port = int(_wait_until_ready(process, log, _S3_READY)[1])
+        port = int(wait_until_ready(process, log, _S3_READY)[1])
         yield S3Server(f"http://127.0.0.1:{port}", "test-access-key", "test-secret-key", process)
 
 
@@ -124,7 +124,7 @@ def _redis_process(
         command = [str(redis_executable()), "--bind", "127.0.0.1", "--port", str(bound), "--dir", str(folder)]
         with _running([*command, "--save", "", "--appendonly", "no", *arguments], log) as process:
             try:
-                _wait_until_ready(process, log, _REDIS_READY)
+                wait_until_ready(process, log, _REDIS_READY)
             except ServerFailed as error:
                 if port is None and attempts_left and "Address already in use" in str(error):
                     continue
@@ -154,7 +154,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, ready: re.Pattern[bytes]) -> re.Match[bytes]:
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path, ready: re.Pattern[bytes]) -> re.Match[bytes]:
+    """Returns once the log matches. Raises ServerFailed."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         gone = process.poll() is not None

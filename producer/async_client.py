@@ -1,31 +1,32 @@
 """The backend's client: submit jobs, look at them, wait for them, cancel them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Self, Unpack
 
-import structlog
 from redis.asyncio import Redis
 
-from producer.errors import JobUnknown, ProducerError, RequestRefused, WaitTimeout
-from producer.jobs import CancelOutcome, CancelVerdict, Job, JobStatus, Progress
+from producer import cancelling
+from producer.errors import JobUnknown, ProducerError, RequestRefused
+from producer.jobs import CancelOutcome, Job, JobStatus, Progress
+from producer.limits import Limits
 from producer.queue import JobRecord, ProducerQueue, connect, connect_for_blocking_reads
-from producer.requests import RequestChanges, RequestFields, follow_up, make_request
+from producer.requests import RequestChanges, RequestFields, check, follow_up, own_url_expired
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
-from producer.verdicts import cancellation, job_or_error, picture_or_raise
-from producer.waiting import BLOCK_S, watch
-from schemas.events import SucceededEvent, TerminalEvent
+from producer.verdicts import error_of, job_or_error, picture_or_raise, taken
+from producer.waiting import BLOCK_S, end_within, watch
+from producer.waking import Wake, wake_for
+from schemas.entries import is_traceparent
+from schemas.events import FailedEvent, SucceededEvent, TerminalEvent
 from schemas.fields import is_job_id
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
 
 _BATCH = 100
-
-log = structlog.get_logger(__name__)
 
 
 def _now() -> datetime:
@@ -36,8 +37,8 @@ class AsyncGenerationClient:
     """One queue, as a backend sees it. Use it as an async context manager, in one event loop.
 
     `wake` is called after a submission that leaves a job queued; whatever it raises is logged only. `storage` signs
-    own-bucket URLs again on `resubmit`. Every method may raise redis.RedisError: doing it again is safe, with the
-    same `job_id` where there is one.
+    what is in the own bucket. Every method may raise redis.RedisError: doing it again is safe, with the same `job_id`
+    where there is one.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class AsyncGenerationClient:
         max_queue: int,
         job_ttl_s: float,
         storage: PresignedUrls | None = None,
-        wake: Callable[[], Awaitable[None]] | None = None,
+        wake: Wake | None = None,
         now: Callable[[], datetime] = _now,
     ) -> None:
         self.storage = storage
@@ -59,7 +60,7 @@ class AsyncGenerationClient:
         self.queue = ProducerQueue(self._redis, Keys(prefix), max_queue=max_queue, job_ttl_s=job_ttl_s)
 
     @classmethod
-    def from_settings(cls, settings: ProducerSettings, *, wake: Callable[[], Awaitable[None]] | None = None) -> Self:
+    def from_settings(cls, settings: ProducerSettings, *, wake: Wake | None = None) -> Self:
         return cls(
             settings.redis_url.get_secret_value(),
             prefix=settings.prefix,
@@ -83,38 +84,48 @@ class AsyncGenerationClient:
         request: GenerationRequest | None = None,
         *,
         priority: Priority = Priority.NORMAL,
+        presign: bool = False,
+        traceparent: str | None = None,
         **fields: Unpack[RequestFields],
     ) -> Job:
         """Submits a request, or the one that `fields` describe: once per `job_id`, however often it is called.
 
-        Raises RequestRefused, JobConflict (the id has another body), QueueFull.
+        `presign` replaces a LoRA's key by a freshly signed URL, for consumers that cannot read the bucket themselves.
+        `traceparent` is a W3C trace context. Raises RequestRefused, JobConflict (the id has another body), QueueFull.
         """
         if request is not None and fields:
             raise TypeError("submit takes a request or its fields, not both")
-        (job,) = await self.submit_many([fields if request is None else request], priority=priority)
-        if isinstance(job, ProducerError):
-            raise job
-        return job
+        source = fields if request is None else request
+        (job,) = await self.submit_many([source], priority=priority, presign=presign, traceparent=traceparent)
+        return taken(job)
 
     async def submit_many(
         self,
         requests: Iterable[GenerationRequest | RequestFields | Mapping[str, Any]],
         *,
         priority: Priority = Priority.NORMAL,
+        presign: bool = False,
+        traceparent: str | None = None,
     ) -> list[Job | ProducerError]:
-        """Submits in batches of one round trip each. A request that is not taken becomes the error in its place.
+        """Submits in batches of a hundred, one after the other, each in one round trip.
 
-        Where Redis fails in between, some are queued: submitting all of them again is safe if they have ids of
-        their own.
+        A request that is not taken becomes the error in its place. Where Redis fails in between, some are queued:
+        submitting all of them again is safe if they have ids of their own. Raises RequestRefused for `traceparent`.
         """
-        checked = [_checked(request) for request in requests]
+        if traceparent is not None and not is_traceparent(traceparent):
+            raise RequestRefused("traceparent is not a W3C trace context", details={"field": "traceparent"})
+        sources = list(requests)
+        if presign:  # it computes, and builds boto3's client the first time
+            checked = await asyncio.to_thread(check, sources, self.storage, presign=True)
+        else:
+            checked = check(sources)
         good = [request for request in checked if isinstance(request, GenerationRequest)]
         outcomes: list[Job | ProducerError] = []
         for start in range(0, len(good), _BATCH):
             batch = good[start : start + _BATCH]
-            replies = await self.queue.submit(batch, priority=priority)
+            replies = await self.queue.submit(batch, priority=priority, traceparent=traceparent)
             outcomes += [job_or_error(request.job_id, reply) for request, reply in zip(batch, replies, strict=True)]
-        await self._wake_for(outcomes)
+        await wake_for(self._wake, outcomes)
         remaining = iter(outcomes)
         return [next(remaining) if isinstance(request, GenerationRequest) else request for request in checked]
 
@@ -140,20 +151,24 @@ class AsyncGenerationClient:
             record = await self._record(job_id)
             if record.state not in (JobState.FAILED, JobState.CANCELLED):
                 if request is None and not changes and run in (None, record.run):
-                    return await self._duplicate(record)
+                    job = Job(job_id, record.run, record.state, duplicate=True)
+                    await wake_for(self._wake, [job])
+                    return job
                 run = run or record.run
             payload = payload or record.payload
             run = run or record.run + 1
             priority = priority or record.priority
-        draft = follow_up(payload, changes, self.storage, self._now())
+        try:
+            draft = await asyncio.to_thread(follow_up, payload, changes, self.storage, self._now())
+        except RequestRefused as error:
+            error.job_id = job_id
+            raise
         if draft.job_id != job_id:
             raise RequestRefused(f"the request is not one of the job {job_id}", job_id=job_id)
         (reply,) = await self.queue.submit([draft], run=run, priority=priority or Priority.NORMAL)
-        outcome = job_or_error(job_id, reply)
-        if isinstance(outcome, ProducerError):
-            raise outcome
-        await self._wake_for([outcome])
-        return outcome
+        job = taken(job_or_error(job_id, reply))
+        await wake_for(self._wake, [job])
+        return job
 
     async def status(self, job_id: str) -> JobStatus:
         """Raises JobUnknown."""
@@ -175,25 +190,30 @@ class AsyncGenerationClient:
         job_id: str,
         *,
         timeout_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        run_timeout_s: float | None = None,
         run: int | None = None,
         cancel_on_timeout: bool = False,
+        resign: bool = False,
     ) -> SucceededEvent:
         """Waits until the run (the present one if None) has ended.
 
-        Raises JobFailed, JobCancelled, JobUnknown, EventError, and WaitTimeout after `timeout_s` seconds: the job goes
-        on then, unless `cancel_on_timeout` is set.
+        Raises JobFailed, JobCancelled, JobUnknown, EventError, and WaitTimeout where one of the limits passes, counted
+        from this call: `queue_timeout_s` until the job has the GPU for the first time, `run_timeout_s` from then on,
+        retries and their delays included, `timeout_s` altogether; `details["limit"]` is queue, run or total. The job
+        goes on then, unless `cancel_on_timeout` is set; one that ends before its cancellation is a result after all.
+
+        `resign`: a run that failed because its URL into the own bucket had expired is resubmitted, once, and its next
+        run is waited for within the same limits. Where it cannot be, JobFailed is raised from the reason.
         """
         record = await self._record(job_id)
-        deadline = asyncio.timeout(timeout_s)
-        try:
-            async with deadline, aclosing(watch(self.queue, self._connect_reader, record, run or record.run)) as items:
-                event = [item async for item in items if not isinstance(item, Progress)][-1]
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            if cancel_on_timeout:
-                await self.cancel(job_id)
-            raise WaitTimeout(f"the job {job_id} has not ended within {timeout_s} s", job_id=job_id) from None
+        now_s = asyncio.get_running_loop().time()
+        limits = Limits(now_s, queue_timeout_s=queue_timeout_s, run_timeout_s=run_timeout_s, timeout_s=timeout_s)
+        cancel = self.cancel if cancel_on_timeout else None
+        end = partial(end_within, limits, self.queue, self._connect_reader, cancel)
+        event = await end(record, run or record.run)
+        if resign and isinstance(event, FailedEvent) and (job := await self._signed_again(event)) is not None:
+            event = await end(await self._record(job_id), job.run)
         return picture_or_raise(event)
 
     async def cancel(self, job_id: str) -> CancelOutcome:
@@ -204,41 +224,21 @@ class AsyncGenerationClient:
         """
         if not is_job_id(job_id):
             raise JobUnknown("this is not a job id")
-        while True:
-            record = await self.queue.job(job_id)
-            if record is not None and record.state.terminal:
-                return CancelOutcome(job_id, CancelVerdict.ENDED, record.state)
-            if record is not None and record.state in (JobState.QUEUED, JobState.DELAYED):
-                if await self.queue.cancel_waiting(record, *cancellation(record, self._now())):
-                    return CancelOutcome(job_id, CancelVerdict.CANCELLED, record.state)
-                continue
-            state = await self.queue.ask_to_cancel(job_id)
-            if state in (None, JobState.PREPARING, JobState.RUNNING):
-                return CancelOutcome(job_id, CancelVerdict.ASKED, state)
+        return await cancelling.cancel(self.queue, job_id, self._now)
 
-    async def _duplicate(self, record: JobRecord) -> Job:
-        job = Job(record.job_id, record.run, record.state, duplicate=True)
-        await self._wake_for([job])
-        return job
+    async def _signed_again(self, failed: FailedEvent) -> Job | None:
+        """The run after one that failed because its own URL had expired; None where it failed of something else."""
+        job_id = failed.data.job_id
+        try:
+            record = await self._record(job_id)
+            if not own_url_expired(failed, record.payload, self.storage):
+                return None
+            return await self.resubmit(job_id, run=failed.data.run + 1)
+        except ProducerError as reason:
+            raise error_of(failed) from reason
 
     async def _record(self, job_id: str) -> JobRecord:
         record = await self.queue.job(job_id) if is_job_id(job_id) else None
         if record is None:
             raise JobUnknown(f"nothing is known of a job {job_id}", job_id=job_id)
         return record
-
-    async def _wake_for(self, outcomes: Iterable[Job | ProducerError]) -> None:
-        # A duplicate may be the answer to a submission whose reply was lost, before anybody was woken.
-        if self._wake is None or not any(isinstance(job, Job) and job.state == JobState.QUEUED for job in outcomes):
-            return
-        try:
-            await self._wake()
-        except Exception as error:
-            log.warning("wake_failed", error=type(error).__name__)
-
-
-def _checked(source: GenerationRequest | Mapping[str, Any]) -> GenerationRequest | RequestRefused:
-    try:
-        return make_request(source)
-    except RequestRefused as error:
-        return error

@@ -57,19 +57,27 @@ class GenerationClient:
         request: GenerationRequest | None = None,
         *,
         priority: Priority = Priority.NORMAL,
+        presign: bool = False,
+        traceparent: str | None = None,
         **fields: Unpack[RequestFields],
     ) -> Job:
         """See `AsyncGenerationClient.submit`."""
-        return self._portal.call(partial(self._client.submit, request, priority=priority, **fields))
+        submit = self._client.submit
+        call = partial(submit, request, priority=priority, presign=presign, traceparent=traceparent, **fields)
+        return self._portal.call(call)
 
     def submit_many(
         self,
         requests: Iterable[GenerationRequest | RequestFields | Mapping[str, Any]],
         *,
         priority: Priority = Priority.NORMAL,
+        presign: bool = False,
+        traceparent: str | None = None,
     ) -> list[Job | ProducerError]:
         """See `AsyncGenerationClient.submit_many`."""
-        return self._portal.call(partial(self._client.submit_many, requests, priority=priority))
+        submit_many = self._client.submit_many
+        call = partial(submit_many, requests, priority=priority, presign=presign, traceparent=traceparent)
+        return self._portal.call(call)
 
     def resubmit(
         self,
@@ -102,11 +110,23 @@ class GenerationClient:
         job_id: str,
         *,
         timeout_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        run_timeout_s: float | None = None,
         run: int | None = None,
         cancel_on_timeout: bool = False,
+        resign: bool = False,
     ) -> SucceededEvent:
         """See `AsyncGenerationClient.result`."""
-        call = partial(self._client.result, job_id, timeout_s=timeout_s, run=run, cancel_on_timeout=cancel_on_timeout)
+        call = partial(
+            self._client.result,
+            job_id,
+            timeout_s=timeout_s,
+            queue_timeout_s=queue_timeout_s,
+            run_timeout_s=run_timeout_s,
+            run=run,
+            cancel_on_timeout=cancel_on_timeout,
+            resign=resign,
+        )
         return self._portal.call(call)
 
     def cancel(self, job_id: str) -> CancelOutcome:

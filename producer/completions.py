@@ -14,10 +14,11 @@ from redis.exceptions import RedisError, ResponseError
 from producer import scripts
 from producer.queue import StreamEntry
 from producer.stream_ids import stream_time
-from schemas.events import Event, EventError, decode_event
+from schemas.events import Event, EventError, decode_event, is_terminal
 from schemas.fields import is_job_id
 from schemas.keys import Keys
 from schemas.redact import redact_bytes
+from schemas.requests import RequestError, decode_request
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +100,13 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from chain.from_iterable(map(_numbers, value))
 
 
+def _webhook_url(payload: bytes | None) -> str | None:
+    try:
+        return decode_request(payload).redacted().webhook_url if payload else None
+    except RequestError:
+        return None
+
+
 class Completions:
     """The group `group`, read under the consumer name `name`, which must be unique to this process' start.
 
@@ -108,6 +116,7 @@ class Completions:
     def __init__(self, redis: Redis, reader: Redis, keys: Keys, group: str, name: str) -> None:
         self._redis = redis
         self._reader = reader
+        self._keys = keys
         self._stream = keys.completions
         self._group = group
         self._name = name
@@ -161,6 +170,20 @@ class Completions:
             cursor = reply[0].decode()
             if found or cursor == "0-0":
                 return found
+
+    async def webhook_urls(self, events: Iterable[Event]) -> dict[str, str]:
+        """Where the terminal ones of these events are to be delivered, by event id, without any URL's query.
+
+        The job's hash says it: of a job whose hash has expired, or holds no request, nothing is known. Where a later
+        run has it by now, that run's URL is taken for the job's.
+        """
+        ended = [event for event in events if is_terminal(event.type)]
+        pipe = self._redis.pipeline(transaction=False)
+        for event in ended:
+            pipe.hget(self._keys.job(event.data.job_id), "payload")
+        payloads: list[bytes | None] = await pipe.execute()
+        found = zip(ended, map(_webhook_url, payloads), strict=True)
+        return {event.id: url for event, url in found if url is not None}
 
     async def ack(self, entry_ids: Sequence[str]) -> None:
         """Acknowledges entries: they are never delivered to this group again."""

@@ -16,10 +16,12 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from producer.completions import Completion, Completions, decode_completion
+from producer.database import open_engine
 from producer.queue import StreamEntry, connect, connect_for_blocking_reads
 from producer.settings import ProducerSettings
 from producer.store import Store
 from producer.tables import STATES
+from producer.webhooks.queue import WebhookQueue
 from schemas.events import Event
 from schemas.keys import DEFAULT_LISTENER_GROUP, Keys
 from schemas.redact import redact_text, redact_value
@@ -27,6 +29,7 @@ from schemas.redact import redact_text, redact_value
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[Event], Awaitable[None] | None]
+Enqueue = Callable[[Sequence[str]], None]
 HandlerT = TypeVar("HandlerT", bound=Callable[[Any], Awaitable[None] | None])
 
 _BLOCK_S = 1.0
@@ -37,11 +40,14 @@ _MAX_DOUBLINGS = 16
 
 
 class Listener:
-    """Stores every completion, hands it to the handlers, and acknowledges it, in this order.
+    """Stores every completion, hands it to the handlers, acknowledges it, and enqueues its webhook, in this order.
 
     An event is durable once its transaction is committed, and is acknowledged after its handlers have run: whatever
     dies in between, it comes again. So handlers run at least once per event, and tell repetitions by `event.id`.
     What cannot be decoded is stored as it is, for people, and never blocks the stream.
+
+    The transaction also writes a delivery for each event that has a webhook. `enqueue` gets their event ids, in a
+    thread; it may raise redis.RedisError: the row waits for whoever sweeps pending deliveries.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Listener:
         completions: Completions,
         store: Store,
         *,
+        enqueue: Enqueue | None = None,
         block_s: float = _BLOCK_S,
         upkeep_every_s: float = _UPKEEP_EVERY_S,
         retry_cap_s: float = _RETRY_CAP_S,
@@ -56,6 +63,7 @@ class Listener:
     ) -> None:
         self.completions = completions
         self.store = store
+        self._enqueue = enqueue
         self._block_ms = int(block_s * 1000)
         self._upkeep_every_s = upkeep_every_s
         self._backoff = ExponentialWithJitterBackoff(base=min(_RETRY_BASE_S, retry_cap_s), cap=retry_cap_s)
@@ -116,7 +124,7 @@ class Listener:
         if self._prepared:
             return
         await self.completions.ensure_group()  # first: from now on nothing is trimmed that we have not seen
-        await asyncio.to_thread(self.store.create_tables)
+        await asyncio.to_thread(self.store.migrate)
         self._prepared = True
 
     async def _keep_up(self) -> None:
@@ -137,9 +145,10 @@ class Listener:
         return stored
 
     async def _handle(self, entries: Sequence[StreamEntry]) -> int:
-        """Store, handlers, acknowledgement; how many events were new."""
+        """Store, handlers, acknowledgement, webhooks; how many events were new."""
         batch = [decode_completion(entry) for entry in entries]
-        is_new = await asyncio.to_thread(self.store.save, batch)
+        webhook_urls = await self.completions.webhook_urls(one.event for one in batch if one.event)
+        is_new = await asyncio.to_thread(self.store.save, batch, webhook_urls)
         for completion, new in zip(batch, is_new, strict=True):
             job_id = completion.event.data.job_id if completion.event else None
             with structlog.contextvars.bound_contextvars(
@@ -147,7 +156,17 @@ class Listener:
             ):
                 await self._hand_out(completion, new=new)
         await self.completions.ack([completion.entry_id for completion in batch])
-        return sum(is_new)
+        new_ids = {completion.event_id for completion, new in zip(batch, is_new, strict=True) if new}
+        await self._send(sorted(new_ids & webhook_urls.keys()))
+        return len(new_ids)
+
+    async def _send(self, event_ids: Sequence[str]) -> None:
+        if not event_ids or self._enqueue is None:
+            return
+        try:
+            await asyncio.to_thread(self._enqueue, event_ids)
+        except RedisError as error:
+            log.warning("webhook.not_enqueued", events=len(event_ids), error=redact_value(error))
 
     async def _hand_out(self, completion: Completion, *, new: bool) -> None:
         event = completion.event
@@ -196,10 +215,13 @@ async def from_settings(settings: ProducerSettings, group: str = DEFAULT_LISTENE
     url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
     redis, reader = connect(url), connect_for_blocking_reads(url, block_s=_BLOCK_S)
-    store = Store(settings.database_url.get_secret_value())
+    webhooks = WebhookQueue(url, settings.prefix)
+    engine = open_engine(settings.database_url.get_secret_value())
+    completions = Completions(redis, reader, Keys(settings.prefix), group, name)
     try:
-        yield Listener(Completions(redis, reader, Keys(settings.prefix), group, name), store)
+        yield Listener(completions, Store(engine), enqueue=webhooks.enqueue)
     finally:
         await reader.aclose()
         await redis.aclose()
-        await asyncio.to_thread(store.close)
+        await asyncio.to_thread(webhooks.close)
+        await asyncio.to_thread(engine.dispose)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
@@ -41,9 +42,12 @@ def connect_for_blocking_reads(url: str, *, block_s: float) -> Redis:
     return _client(url, retry=Retry(NoBackoff(), 0), socket_timeout=block_s + _SOCKET_TIMEOUT_S)
 
 
-def _client(url: str, **options: Any) -> Redis:
+def _client(url: str, *, socket_timeout: float, **options: Any) -> Redis:
+    # The URL's own options go first, save two that other programs may like: this one works in bytes, and knows how
+    # long it blocks.
+    fixed = {"decode_responses": False, "socket_timeout": socket_timeout}
     try:
-        pool = BlockingConnectionPool.from_url(url, **options)
+        pool = BlockingConnectionPool(**{**options, **parse_url(url), **fixed})
         pool.connection_class(**pool.connection_kwargs)  # without a network: does it know the URL's options?
     except (ValueError, TypeError, AttributeError):
         raise ValueError("not the URL of a Redis: redis://, rediss:// or unix://, with known options") from None
@@ -51,11 +55,19 @@ def _client(url: str, **options: Any) -> Redis:
 
 
 class Submitted(NamedTuple):
-    """Answer of SUBMIT. `verdict`: accepted, same, conflict, refused, full. `run`: its number, or the depth if full."""
+    """Answer of SUBMIT and REPLAY. `verdict`: accepted, same, conflict, refused, full, and gone of a replay.
+
+    `run` is its number, or the depth where the queue is full.
+    """
 
     verdict: str
     run: int
     state: str
+
+
+def _submitted(reply: Any) -> Submitted:
+    verdict, number, state = reply
+    return Submitted(verdict.decode(), int(number), state.decode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +103,45 @@ class ProducerQueue:
         self._max_queue = max_queue
         self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
         self._submit = redis.register_script(scripts.SUBMIT)
+        self._replay = redis.register_script(scripts.REPLAY)
         self._ask_to_cancel = redis.register_script(scripts.ASK_TO_CANCEL)
         self._cancel_waiting = redis.register_script(scripts.CANCEL_WAITING)
 
     async def submit(
-        self, requests: Sequence[GenerationRequest], *, run: int = 1, priority: Priority
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        run: int = 1,
+        priority: Priority,
+        traceparent: str | None = None,
     ) -> list[Submitted]:
         """Submits each request atomically, all of them in one round trip."""
         pipe = self._redis.pipeline(transaction=False)
-        keys = self._keys
         for request in requests:
-            job_id = request.job_id
-            names = [
-                keys.job(job_id),
-                keys.requests(priority),
-                keys.delayed,
-                keys.cancel(job_id),
-                keys.progress(job_id),
-            ]
-            args: list[Any] = [
-                job_id,
-                run,
-                request.encode(),
-                request.fingerprint(),
-                priority,
-                self._max_queue,
-            ]
-            await self._submit(keys=names + keys.request_streams, args=args, client=pipe)
+            names, args = self._submission(request, run, priority, traceparent)
+            await self._submit(keys=names, args=args, client=pipe)
         replies: list[Any] = await pipe.execute()
-        return [Submitted(verdict.decode(), int(number), state.decode()) for verdict, number, state in replies]
+        return list(map(_submitted, replies))
+
+    async def replay(self, letter_id: str, request: GenerationRequest, *, run: int, priority: Priority) -> Submitted:
+        """Submits the run that follows a dead one and removes its letter, atomically; nothing where that has gone."""
+        names, args = self._submission(request, run, priority)
+        return _submitted(await self._replay(keys=[*names, self._keys.dead], args=[*args, letter_id]))
+
+    def _submission(
+        self, request: GenerationRequest, run: int, priority: Priority, traceparent: str | None = None
+    ) -> tuple[list[str], list[Any]]:
+        """Keys and arguments of SUBMIT."""
+        keys, job_id = self._keys, request.job_id
+        names = [
+            keys.job(job_id),
+            keys.requests(priority),
+            keys.delayed,
+            keys.cancel(job_id),
+            keys.progress(job_id),
+        ]
+        args = [job_id, run, request.encode(), request.fingerprint(), priority, self._max_queue, traceparent or ""]
+        return names + keys.request_streams, args
 
     async def job(self, job_id: str) -> JobRecord | None:
         """What is known of a job, None if nothing (never seen, or expired)."""
@@ -186,9 +208,9 @@ class ProducerQueue:
         reply: Any = await self._redis.xrange(self._keys.dead, min=entry_id, max=entry_id)
         return StreamEntry(entry_id, reply[0][1]) if reply else None
 
-    async def drop_dead_letter(self, entry_id: str) -> bool:
-        """Removes a dead letter; whether it was there."""
-        return bool(await self._redis.xdel(self._keys.dead, entry_id))
+    async def drop_dead_letters(self, entry_ids: Sequence[str]) -> int:
+        """Removes dead letters; how many of them were there."""
+        return int(await self._redis.xdel(self._keys.dead, *entry_ids)) if entry_ids else 0
 
     async def stats(self) -> dict[str, Any]:
         """Depths and counters, as read in one transaction, and the consumers of the last hour: which of them live."""

@@ -1,7 +1,7 @@
 """From what a caller gives to a request that fits the contract, and from an ended run's request to the next one's."""
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypedDict
 
@@ -11,6 +11,7 @@ from producer.errors import RequestRefused
 from producer.storage import PresignedUrls
 from schemas import strict_json
 from schemas.errors import ErrorCode
+from schemas.events import FailedEvent
 from schemas.fields import is_job_id
 from schemas.requests import GenerationRequest, LoraRef, RequestError, decode_request
 
@@ -70,6 +71,43 @@ def make_request(source: GenerationRequest | Mapping[str, Any]) -> GenerationReq
         ) from None
 
 
+def check(
+    sources: Iterable[GenerationRequest | Mapping[str, Any]],
+    storage: PresignedUrls | None = None,
+    *,
+    presign: bool = False,
+) -> list[GenerationRequest | RequestRefused]:
+    """Each request as it is to be submitted, or the error in its place."""
+    checked: list[GenerationRequest | RequestRefused] = []
+    for source in sources:
+        try:
+            request = make_request(source)
+            checked.append(presigned(request, storage) if presign else request)
+        except RequestRefused as error:
+            checked.append(error)
+    return checked
+
+
+def presigned(request: GenerationRequest, storage: PresignedUrls | None) -> GenerationRequest:
+    """The same request with a freshly signed URL in place of each LoRA's key.
+
+    Raises RequestRefused where there is a key and no storage to sign it.
+    """
+    if all(lora.key is None for lora in request.lora_refs):
+        return request
+    if storage is None:
+        raise _refused(
+            "a LoRA's key cannot be presigned: the storage settings (R2_…) are not complete", "lora_key", request.job_id
+        )
+    fields = request.model_dump(exclude_defaults=True, warnings=False)
+    if request.lora_key is not None:
+        fields["lora_url"] = storage.lora_url(fields.pop("lora_key"))
+    for lora in fields.get("loras", ()):
+        if "key" in lora:
+            lora["url"] = storage.lora_url(lora.pop("key"))
+    return make_request(fields)
+
+
 def follow_up(
     payload: bytes, changes: Mapping[str, Any], storage: PresignedUrls | None, now: datetime
 ) -> GenerationRequest:
@@ -91,6 +129,21 @@ def follow_up(
     if request.expires_at is not None and request.expires_at <= now:
         raise _refused("expires_at has passed: give another", "expires_at")
     return request
+
+
+def own_url_expired(event: FailedEvent, payload: bytes, storage: PresignedUrls | None) -> bool:
+    """Whether a run with this request failed for want of a fresh signature that `storage` can give."""
+    if storage is None or event.data.retry_after != 0:
+        return False
+    try:
+        request = decode_request(payload)
+    except RequestError:
+        return False
+    urls = {
+        ErrorCode.LORA_DOWNLOAD_FAILED: [lora.url for lora in request.lora_refs],
+        ErrorCode.UPLOAD_FAILED: [request.upload_url],
+    }.get(event.data.error_code, [])
+    return any(url is not None and storage.owns(url) is not None for url in urls)
 
 
 def _sign_again(body: Mapping[str, Any], storage: PresignedUrls | None) -> dict[str, Any]:
@@ -119,5 +172,5 @@ def _fresh(url: str, field: str, storage: PresignedUrls | None, sign: Callable[[
     return sign(storage, key)
 
 
-def _refused(message: str, field: str) -> RequestRefused:
-    return RequestRefused(message, error_code=ErrorCode.INVALID_REQUEST, details={"field": field})
+def _refused(message: str, field: str, job_id: str | None = None) -> RequestRefused:
+    return RequestRefused(message, job_id=job_id, details={"field": field})

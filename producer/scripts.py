@@ -11,7 +11,12 @@ end
 
 -- The XADD comes first: at maxmemory it is refused, and then nothing has changed.
 local function enqueue(job, stream, cancel, progress, run)
-  local entry_id = redis.call('XADD', stream, '*', 'payload', run.payload, 'job_id', run.job_id, 'run', run.number)
+  local fields = {'payload', run.payload, 'job_id', run.job_id, 'run', run.number}
+  if run.traceparent ~= '' then
+    table.insert(fields, 'traceparent')
+    table.insert(fields, run.traceparent)
+  end
+  local entry_id = redis.call('XADD', stream, '*', unpack(fields))
   local uploads = redis.call('HGET', job, 'uploads')
   redis.call('DEL', job, cancel, progress)
   if uploads then redis.call('HSET', job, 'uploads', uploads) end
@@ -30,7 +35,7 @@ SUBMIT = (
 local job, stream, delayed, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local streams = {KEYS[6], KEYS[7], KEYS[8]}
 local run = {job_id = ARGV[1], number = tonumber(ARGV[2]), payload = ARGV[3], fingerprint = ARGV[4],
-  priority = ARGV[5]}
+  priority = ARGV[5], traceparent = ARGV[7]}
 local max_queue = tonumber(ARGV[6])
 local values = redis.call('HMGET', job, 'run', 'state', 'fingerprint')
 local last = {number = tonumber(values[1]), state = values[2], fingerprint = values[3]}
@@ -50,6 +55,20 @@ enqueue(job, stream, cancel, progress, run)
 return {'accepted', run.number, 'queued'}
 """
 )
+
+# SUBMIT for the run that follows a dead one: its letter, the last key and argument, goes with it. Answers as SUBMIT, or
+# gone: the letter has been replayed or dropped (perhaps by this very call, whose reply was lost).
+REPLAY = f"""
+local function submit()
+{SUBMIT}
+end
+
+local dead, letter_id = KEYS[#KEYS], ARGV[#ARGV]
+if #redis.call('XRANGE', dead, letter_id, letter_id) == 0 then return {{'gone', 0, ''}} end
+local reply = submit()
+if reply[1] == 'accepted' or reply[1] == 'same' then redis.call('XDEL', dead, letter_id) end
+return reply
+"""
 
 # Asks the consumers to cancel, unless the last run has ended: its cancel key would be a later run's. Answers the state.
 ASK_TO_CANCEL = (

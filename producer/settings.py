@@ -17,6 +17,8 @@ class ProducerSettings(BaseSettings):
     job_ttl_s: float = Field(604_800.0, alias="SDXL_JOB_TTL_SECONDS", gt=0)
     database_url: SecretStr = Field(SecretStr(DEFAULT_DATABASE_URL), alias="DATABASE_URL")
 
+    model: str | None = Field(None, alias="SDXL_MODEL")  # the consumers' own: `doctor` alone looks at it
+
     r2_access_key_id: SecretStr | None = Field(None, alias="R2_ACCESS_KEY_ID")
     r2_secret_access_key: SecretStr | None = Field(None, alias="R2_SECRET_ACCESS_KEY")
     r2_bucket: str | None = Field(None, alias="R2_BUCKET_NAME")

@@ -1,7 +1,7 @@
 """Presigned URLs for the project's own bucket: any S3-compatible store. Signing needs no network."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import boto3
@@ -21,7 +21,7 @@ class PresignedUrls:
 
     def __init__(self, *, endpoint_url: str, bucket: str, access_key_id: str, secret_access_key: str) -> None:
         self._endpoint_url = endpoint_url
-        self._bucket = bucket
+        self.bucket = bucket
         self._access_key_id = access_key_id
         self._secret_access_key = secret_access_key
 
@@ -62,9 +62,9 @@ class PresignedUrls:
         path = parts.path.removeprefix("/")
         if origin == own_origin:
             bucket, _, path = path.partition("/")
-            if bucket != self._bucket:
+            if bucket != self.bucket:
                 return None
-        elif origin != (own_origin[0], f"{self._bucket}.{own_origin[1]}", own_origin[2]):
+        elif origin != (own_origin[0], f"{self.bucket}.{own_origin[1]}", own_origin[2]):
             return None
         return unquote(path) or None
 
@@ -74,18 +74,23 @@ class PresignedUrls:
         if not key:
             raise ValueError("an object key is not empty")
         return self._s3.generate_presigned_url(
-            operation, Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=expires_s
+            operation, Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=expires_s
         )
 
     @cached_property
     def _s3(self) -> "S3Client":
+        return self.client()
+
+    def client(self, **options: Any) -> "S3Client":
+        """boto3's client for the same store; close it. `options`: more of botocore's `Config`, as deadlines."""
         config = Config(
             signature_version="s3v4",
             s3={"addressing_style": "path"},  # what every endpoint knows: R2, an IP, a name without wildcard DNS
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
+            **options,
         )
-        client: S3Client = boto3.client(
+        client: S3Client = boto3.Session().client(  # the default session is not for several threads
             "s3",
             endpoint_url=self._endpoint_url,
             region_name="auto",

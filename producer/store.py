@@ -3,27 +3,21 @@
 SQLAlchemy Core over one engine. The calls block; whatever raises sqlalchemy.exc.SQLAlchemyError may be called again.
 """
 
-import sqlite3
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Table, create_engine, make_url, select, tuple_
-from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy import ColumnElement, Engine, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from producer.completions import Completion
-from producer.tables import EVENTS, IMAGES, JOBS, METADATA, event_row, image_row, job_row
+from producer.database import is_sqlite, migrate
+from producer.tables import DELIVERIES, EVENTS, IMAGES, JOBS, delivery_row, event_row, image_row, job_row
 from schemas.events import Event, SucceededEvent
 from schemas.keys import JobState
-
-_BUSY_TIMEOUT_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,38 +62,23 @@ class StoredImage:
     gpu_seconds: float
 
 
-class DatabaseRefused(ValueError):
-    """The URL is of no database that the store can use. The text does not repeat it."""
-
-
 class Store:
-    """The tables in the database at `url` (an SQLAlchemy URL): SQLite or PostgreSQL.
+    """The tables in an engine's database. Nothing connects before the first call."""
 
-    Nothing connects before the first call. Raises DatabaseRefused where the URL or its driver is of no use.
-    """
+    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._engine = engine
+        self._now = now
+        self._insert = sqlite.insert if is_sqlite(engine) else postgresql.insert
 
-    def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
-        self._is_sqlite = self._engine.dialect.name == "sqlite"
-        if self._is_sqlite:
-            sqlalchemy_event.listen(self._engine, "connect", _set_up_sqlite)
+    def migrate(self) -> None:
+        """Brings the tables to this version. Raises DatabaseRefused as `producer.database.migrate` does."""
+        migrate(self._engine)
 
-    def create_tables(self) -> None:
-        """Creates the tables that are missing, whoever else does at the same time."""
-        with self._engine.begin() as connection:
-            for table in METADATA.sorted_tables:
-                connection.execute(CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    connection.execute(CreateIndex(index, if_not_exists=True))
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._engine.dispose()
-
-    def save(self, completions: Sequence[Completion]) -> list[bool]:
+    def save(self, completions: Sequence[Completion], webhook_urls: Mapping[str, str] | None = None) -> list[bool]:
         """Stores a batch in one transaction; says of each completion whether its event was new.
 
         A job's row only moves forward: an older run, a late `started` or `retrying`, a duplicate change nothing.
+        `webhook_urls` says by event id where a new event is to be delivered; that becomes a pending delivery, due now.
         """
         if not completions:
             return []
@@ -109,6 +88,7 @@ class Store:
             events = [one.event for one, new in zip(completions, is_new, strict=True) if new and one.event]
             self._move_jobs(connection, events)
             self._insert_images(connection, events)
+            self._insert_deliveries(connection, events, webhook_urls or {})
         return is_new
 
     def job(self, job_id: str) -> StoredJob | None:
@@ -146,28 +126,12 @@ class Store:
         if rows:
             connection.execute(insert, sorted(rows, key=lambda row: str(row["job_id"])))
 
-    def _insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
-        return sqlite.insert(table) if self._is_sqlite else postgresql.insert(table)
-
-
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-            raise DatabaseRefused("neither SQLite nor PostgreSQL")
-        return create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
-    except DatabaseRefused:
-        raise
-    except ImportError as error:
-        raise DatabaseRefused(f"its driver is not installed: {error.name}") from None
-    except (ArgumentError, ValueError, TypeError):
-        raise DatabaseRefused("not the URL of a database") from None
-
-
-def _set_up_sqlite(connection: Any, _record: object) -> None:
-    connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-    with suppress(sqlite3.OperationalError):  # locked: whoever else opens the new file is switching it
-        connection.execute("PRAGMA journal_mode = WAL")
+    def _insert_deliveries(self, connection: Connection, events: Sequence[Event], urls: Mapping[str, str]) -> None:
+        now = self._now()
+        rows = [delivery_row(event, urls[event.id], now) for event in events if event.id in urls]
+        insert = self._insert(DELIVERIES).on_conflict_do_nothing(index_elements=["event_id"])
+        if rows:
+            connection.execute(insert, sorted(rows, key=lambda row: str(row["event_id"])))
 
 
 def _progress(columns: ReadOnlyColumnCollection[str, Any]) -> ColumnElement[Any]:

@@ -187,5 +187,18 @@ def image_row(event: SucceededEvent) -> Row:
     }
 
 
+def delivery_row(event: Event, url: str, now: datetime) -> Row:
+    """The row of `deliveries` for a webhook that is to be sent at once."""
+    return {
+        "event_id": event.id,
+        "job_id": event.data.job_id,
+        "url": url,
+        "state": PENDING,
+        "attempts": 0,
+        "due_at": now,
+        "created_at": now,
+    }
+
+
 def _text(value: str | None) -> str | None:
     return value if value is None else value.replace("\0", "")  # PostgreSQL keeps no NUL in text

@@ -1,23 +1,10 @@
 """What the queue and the consumers answered, as what a caller gets."""
 
-from datetime import datetime
-
-from pydantic import JsonValue
-
 from producer.errors import JobCancelled, JobConflict, JobFailed, ProducerError, QueueFull
 from producer.jobs import Job
-from producer.queue import JobRecord, Submitted
-from schemas.events import (
-    CancelledData,
-    CancelledEvent,
-    FailedEvent,
-    SucceededEvent,
-    TerminalEvent,
-    cancelled,
-)
+from producer.queue import Submitted
+from schemas.events import CancelledEvent, FailedEvent, SucceededEvent, TerminalEvent
 from schemas.keys import JobState
-from schemas.redact import redact_bytes
-from schemas.requests import RequestError, decode_request
 
 QUEUE_FULL_RETRY_AFTER_S = 30  # a constant until the rate at which the queue drains is measured
 
@@ -39,40 +26,29 @@ def job_or_error(job_id: str, reply: Submitted) -> Job | ProducerError:
             )
 
 
+def taken(outcome: Job | ProducerError) -> Job:
+    """Raises the error if it is one."""
+    if isinstance(outcome, ProducerError):
+        raise outcome
+    return outcome
+
+
 def picture_or_raise(event: TerminalEvent) -> SucceededEvent:
     """Raises JobFailed, JobCancelled."""
-    data = event.data
-    match event:
-        case SucceededEvent():
-            return event
-        case FailedEvent():
-            raise JobFailed(
-                event.data.error,
-                job_id=data.job_id,
-                error_code=event.data.error_code,
-                retry_after=event.data.retry_after,
-                details=event.data.details,
-            )
-        case CancelledEvent():
-            raise JobCancelled(
-                f"the job {data.job_id} was cancelled", job_id=data.job_id, error_code=event.data.error_code
-            )
+    if isinstance(event, SucceededEvent):
+        return event
+    raise error_of(event)
 
 
-def cancellation(record: JobRecord, at: datetime) -> tuple[CancelledEvent, bytes]:
-    """The event that ends a waiting run, and the payload to keep, without signatures."""
-    metadata: dict[str, JsonValue] = {}
-    try:
-        request = decode_request(record.payload)
-        metadata, kept = request.metadata, request.redacted().encode()
-    except RequestError:
-        kept = redact_bytes(record.payload)
-    data = CancelledData(
-        job_id=record.job_id,
-        run=record.run,
-        attempt=record.attempt,
-        consumer=None,
-        request_metadata=metadata,
-        stage="delayed" if record.state == JobState.DELAYED else "queued",
+def error_of(event: FailedEvent | CancelledEvent) -> JobFailed | JobCancelled:
+    """What a run's end without a picture is to its caller."""
+    job_id = event.data.job_id
+    if isinstance(event, CancelledEvent):
+        return JobCancelled(f"the job {job_id} was cancelled", job_id=job_id)
+    return JobFailed(
+        event.data.error,
+        job_id=job_id,
+        error_code=event.data.error_code,
+        retry_after=event.data.retry_after,
+        details=event.data.details,
     )
-    return cancelled(data, at), kept

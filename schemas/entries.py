@@ -13,7 +13,8 @@ from schemas.requests import GenerationRequest, RequestError, decode_request, me
 
 MAX_RUN = 2**31 - 1
 MAX_SALVAGED_BYTES = 2 * 1024 * 1024
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # https://www.w3.org/TR/trace-context/
+# https://www.w3.org/TR/trace-context/: the version ff and ids of zeros are no good
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ def decode_entry(fields: Mapping[bytes, bytes]) -> RequestEntry:
         job_id = named or _job_id(_salvage(raw))
         return RequestEntry(job_id, run or 1, None, error, raw, metadata_of(raw), traceparent)
     return RequestEntry(request.job_id, run, request, None, raw, request.metadata, traceparent)
+
+
+def is_traceparent(value: str) -> bool:
+    """Whether `value` is a trace context that consumers take over."""
+    return _traceparent(value.encode("utf-8", "replace")) is not None
 
 
 def _salvage(raw: bytes) -> str | None:

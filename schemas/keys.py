@@ -80,6 +80,10 @@ class Keys:
     def progress(self, job_id: str) -> str:
         return self._key(f"progress:{job_id}")
 
+    def waiters(self, job_id: str) -> str:
+        """Sorted set: the gateways' callers that wait for a job, by the end of their hold."""
+        return self._key(f"waiters:{job_id}")
+
     @property
     def consumers(self) -> str:
         """Sorted set: consumer name by its last heartbeat, in milliseconds of the server's clock."""

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from demo.servers import RedisServer, S3Server, ServerFailed, redis_server, s3_server
 from schemas.keys import Keys
+from tests.postgres import PostgresServer, create_schema, postgres_server
 
 
 def _missing(error: Exception) -> None:
@@ -35,6 +36,29 @@ def s3_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield server
     except ServerFailed as error:
         _missing(error)
+
+
+@pytest.fixture(scope="session")
+def postgres_at() -> Iterator[PostgresServer]:
+    try:
+        with postgres_server() as server:
+            yield server
+    except ServerFailed as error:
+        _missing(error)
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres_at: PostgresServer) -> str:
+    """A database of the module's own, empty at its beginning."""
+    return postgres_at.create_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of the test's own: once on SQLite, once on PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/listener.db"
+    return create_schema(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture(scope="session")

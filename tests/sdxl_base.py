@@ -1,9 +1,19 @@
-"""The architecture of SDXL base 1.0, whose weights no test needs."""
+"""The architecture of SDXL base 1.0, whose weights no test needs.
 
+`python -m tests.sdxl_base > schemas/lora/sdxl_base.json` writes down what `lora check` compares files with.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from consumer.lora.shapes import model_shapes
+from schemas.lora.shapes import ModelShapes
 
 
 def unet() -> Any:
@@ -33,3 +43,20 @@ def text_encoder_2(**words: Any) -> Any:
     width: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
     config = CLIPTextConfig(**width, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", **words)
     return CLIPTextModelWithProjection(config)
+
+
+def shapes() -> ModelShapes:
+    with torch.device("meta"):
+        return model_shapes(SimpleNamespace(unet=unet(), text_encoder=text_encoder(), text_encoder_2=text_encoder_2()))
+
+
+def table() -> str:
+    """The modules' names and shapes as JSON, a module a line."""
+    base = shapes()
+    lines = (f"{json.dumps(name)}: {json.dumps(shape)}" for name, shape in base.weights.items())
+    weights = ",\n".join(lines)
+    return f'{{"cross_attention_dim": {base.cross_attention_dim}, "weights": {{\n{weights}\n}}}}\n'
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

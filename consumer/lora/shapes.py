@@ -1,58 +1,19 @@
-"""Which modules of a loaded model a LoRA may change, and every name that files use for them."""
+"""Which modules of a loaded model a LoRA may change."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from schemas.lora.shapes import ModelShapes
+
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
-_KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te1_", "lora_te_"),
-    "text_encoder_2": ("lora_te2_",),
-}
-_SGM_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_SGM_IN_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 
-
-@dataclass(frozen=True, slots=True)
-class ModelShapes:
-    """The LoRA-able modules of a model.
-
-    `weights`: a module's name (component and path, as in `unet.conv_in`) to its weight's shape: [out, in] or
-    [out, in, kernel height, kernel width]. `names`: every name that a file may use, dotted or in kohya's manner, to
-    the module's. `sgm`: a module of the UNet to its path in the original (SGM) code. `cross_attention_dim`: the width
-    of the prompt embeddings.
-    """
-
-    weights: Mapping[str, tuple[int, ...]]
-    names: Mapping[str, str]
-    sgm: Mapping[str, str]
-    cross_attention_dim: int
-
-    @classmethod
-    def of(cls, model: Any) -> "ModelShapes":
-        """Describes a pipeline, or anything with a pipeline's three components; the meta device will do."""
-        weights = {name: tuple(module.weight.shape) for name, module in lora_modules(model)}
-        paths = [name.removeprefix("unet.") for name in weights if name.startswith("unet.")]
-        sgm = {f"unet.{path}": original for path, original in _sgm_paths(paths).items()}
-        names = {alias: name for name in weights for alias in _aliases(name, sgm.get(name))}
-        return cls(weights, names, sgm, int(model.unet.config.cross_attention_dim))
+def model_shapes(model: Any) -> ModelShapes:
+    """Describes a pipeline, or anything with a pipeline's three components; the meta device will do."""
+    weights = {name: tuple(module.weight.shape) for name, module in lora_modules(model)}
+    return ModelShapes.of(weights, int(model.unet.config.cross_attention_dim))
 
 
 def lora_modules(model: Any) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -61,62 +22,3 @@ def lora_modules(model: Any) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         for path, module in getattr(model, component).named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 yield f"{component}.{path}", module
-
-
-def _aliases(name: str, sgm: str | None) -> Iterator[str]:
-    component, path = name.split(".", 1)
-    if component == "unet":
-        paths = [path] if sgm is None else [path, sgm]
-        yield from (name, path)
-    else:
-        # transformers 5 has no `text_model` in the first encoder; files and older versions have it.
-        stem = path.removeprefix("text_model.")
-        paths = [stem, f"text_model.{stem}"]
-        yield from (f"{component}.{path}" for path in paths)
-    for prefix in _KOHYA_PREFIXES[component]:
-        yield from (prefix + path.replace(".", "_") for path in paths)
-
-
-def _sgm_paths(paths: list[str]) -> dict[str, str]:
-    parts = {path.rsplit(".", depth)[0] for path in paths for depth in range(path.count(".") + 1)}
-    blocks = dict(_sgm_blocks(parts)) | _SGM_OUTSIDE_BLOCKS
-    found = {}
-    for path in paths:
-        for depth in range(path.count(".") + 1):
-            prefix = path.rsplit(".", depth)[0]
-            if prefix in blocks:
-                rest = path[len(prefix) + 1 :]
-                rest = _SGM_IN_RESNET.get(rest, rest)
-                found[path] = f"{blocks[prefix]}.{rest}" if rest else blocks[prefix]
-                break
-    return found
-
-
-def _sgm_blocks(parts: set[str]) -> Iterator[tuple[str, str]]:
-    index = 1
-    for block in _children("down_blocks", parts):
-        for layer, resnet in enumerate(_children(f"{block}.resnets", parts)):
-            yield resnet, f"input_blocks.{index}.0"
-            yield f"{block}.attentions.{layer}", f"input_blocks.{index}.1"
-            index += 1
-        if f"{block}.downsamplers.0" in parts:
-            yield f"{block}.downsamplers.0.conv", f"input_blocks.{index}.0.op"
-            index += 1
-    yield "mid_block.resnets.0", "middle_block.0"
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield "mid_block.resnets.1", "middle_block.2"
-    index = 0
-    for block in _children("up_blocks", parts):
-        upsampler = 2 if f"{block}.attentions.0" in parts else 1
-        for layer, resnet in enumerate(_children(f"{block}.resnets", parts)):
-            yield resnet, f"output_blocks.{index}.0"
-            yield f"{block}.attentions.{layer}", f"output_blocks.{index}.1"
-            index += 1
-        yield f"{block}.upsamplers.0.conv", f"output_blocks.{index - 1}.{upsampler}.conv"
-
-
-def _children(parent: str, parts: set[str]) -> Iterator[str]:
-    for index in count():
-        if f"{parent}.{index}" not in parts:
-            return
-        yield f"{parent}.{index}"

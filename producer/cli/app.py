@@ -5,8 +5,8 @@ import sys
 import structlog
 import typer
 
-from producer.cli import dead, jobs, listen, publish, wait
-from producer.cli.command import command
+from producer.cli import dead, doctor, jobs, listen, lora, publish, replay, serve, wait, webhooks, work
+from producer.cli.command import blocking_command, command
 from schemas.redact import redact_value
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 dead_app = typer.Typer(help="Jobs that failed and could succeed: look at them, run them again.", no_args_is_help=True)
+lora_app = typer.Typer(help="LoRA files, before anybody asks for a picture with them.", no_args_is_help=True)
+webhooks_app = typer.Typer(help="Deliveries of webhooks, and the endpoints that want none.", no_args_is_help=True)
 
 
 @app.callback()
@@ -41,8 +43,20 @@ app.command()(command(jobs.status))
 app.command()(command(jobs.cancel))
 app.command()(command(jobs.stats))
 app.command()(command(listen.listen))
+app.command()(command(serve.serve))
+app.command()(command(doctor.doctor))
+app.command()(blocking_command(work.work))
 dead_app.command("list")(command(dead.list_letters))
 dead_app.command("show")(command(dead.show_letter))
-dead_app.command("replay")(command(dead.replay_letters))
+dead_app.command("replay")(command(replay.replay_letters))
 dead_app.command("drop")(command(dead.drop_letters))
 app.add_typer(dead_app, name="dead")
+lora_app.command("check")(command(lora.check))
+app.add_typer(lora_app, name="lora")
+webhooks_app.command("list")(command(webhooks.list_deliveries))
+webhooks_app.command("show")(command(webhooks.show_delivery))
+webhooks_app.command("retry")(command(webhooks.retry_deliveries))
+webhooks_app.command("disabled")(command(webhooks.list_disabled))
+webhooks_app.command("disable")(command(webhooks.disable_endpoint))
+webhooks_app.command("enable")(command(webhooks.enable_endpoint))
+app.add_typer(webhooks_app, name="webhooks")

@@ -15,9 +15,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from producer.async_client import AsyncGenerationClient
 from producer.cli import output
+from producer.database import DatabaseRefused
 from producer.errors import JobUnknown, ProducerError, RequestRefused
 from producer.settings import ProducerSettings
-from producer.store import DatabaseRefused
 from schemas import strict_json
 from schemas.events import EventError
 from schemas.redact import redact_text
@@ -39,16 +39,35 @@ class BadUsage(Exception):
     """The command line or the environment asks for what cannot be done."""
 
 
-_EXPECTED = (ProducerError, EventError, BadUsage, RedisError, BotoCoreError, ClientError, SQLAlchemyError)
+_EXPECTED = (
+    ProducerError,
+    EventError,
+    BadUsage,
+    DatabaseRefused,
+    RedisError,
+    BotoCoreError,
+    ClientError,
+    SQLAlchemyError,
+)
 
 
 def command(function: Callable[P, Coroutine[Any, Any, Status]]) -> Callable[P, None]:
     """The synchronous command for typer: `function` in an event loop, its errors told and turned into a status."""
 
     @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Status:
+        return asyncio.run(function(*args, **kwargs))
+
+    return blocking_command(run)
+
+
+def blocking_command(function: Callable[P, Status]) -> Callable[P, None]:
+    """The command for typer: `function`, its errors told and turned into a status."""
+
+    @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            status = asyncio.run(function(*args, **kwargs))
+            status = function(*args, **kwargs)
         except _EXPECTED as error:
             status = tell(error, as_json=bool(kwargs.get("as_json")))
         raise typer.Exit(status)
@@ -79,6 +98,8 @@ def explain(error: Exception) -> str:
     match error:
         case ProducerError() | BadUsage():
             text = str(error)
+        case DatabaseRefused():
+            text = f"DATABASE_URL: {error}"
         case EventError():
             text = f"this version cannot read an event: {error}"
         case RedisError():
@@ -93,7 +114,7 @@ def explain(error: Exception) -> str:
 def status_of(outcome: object) -> Status:
     """The exit status that an error means; OK for whatever is none."""
     match outcome:
-        case RequestRefused() | JobUnknown() | BadUsage():
+        case RequestRefused() | JobUnknown() | BadUsage() | DatabaseRefused():
             return Status.USAGE
         case ProducerError() | EventError():
             return Status.FAILED
@@ -112,8 +133,8 @@ def checked_settings() -> Iterator[ProducerSettings]:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         names = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems)
         raise BadUsage("; ".join(names)) from None
-    except DatabaseRefused as error:
-        raise BadUsage(f"DATABASE_URL: {error}") from None
+    except DatabaseRefused:
+        raise
     except ValueError as error:
         raise BadUsage(f"REDIS_URL: {error}") from None
 

@@ -1,39 +1,63 @@
-"""`dead`: list, show, replay and drop dead letters."""
+"""`dead list`, `dead show` and `dead drop`."""
 
-from dataclasses import asdict
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from producer import dead_letters
 from producer.cli import output
-from producer.cli.command import AsJson, BadUsage, Status, open_client, parse_json
-from producer.dead_letters import DeadLetter, ReplayResult, Verdict
-from schemas.errors import ErrorCode
+from producer.cli.command import AsJson, BadUsage, Status, open_client
+from producer.cli.letters import (
+    All,
+    Codes,
+    EntryIds,
+    ErrorText,
+    JobId,
+    Limit,
+    Lora,
+    NewerThan,
+    OlderThan,
+    Tenant,
+    check_choice,
+    choose,
+    filter_of,
+)
+from producer.dead_letters import DeadLetter
+from producer.queue import ProducerQueue
 
 EntryId = Annotated[str, typer.Argument(metavar="ENTRY_ID")]
-EntryIds = Annotated[list[str], typer.Argument(metavar="ENTRY_ID...")]
-MaybeEntryIds = Annotated[list[str] | None, typer.Argument(metavar="[ENTRY_ID...]", show_default=False)]
-Code = Annotated[ErrorCode | None, typer.Option("--error-code", help="Only those that failed so.", show_choices=False)]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the oldest so many.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and write nothing.")]
-Changes = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Fields to replace in each request, a fresh lora_url for example.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many there are, and drop none.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-async def list_letters(error_code: Code = None, limit: Limit = None, as_json: AsJson = False) -> Status:
-    """List dead letters, the oldest first."""
+async def list_letters(
+    context: typer.Context,
+    error_code: Codes = None,
+    older_than: OlderThan = None,
+    newer_than: NewerThan = None,
+    tenant: Tenant = None,
+    lora: Lora = None,
+    text: ErrorText = None,
+    job: JobId = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
+) -> Status:
+    """List dead letters that fit all of the filters, the oldest first."""
+    where = filter_of(context.params)
+    as_shown = _document if as_json else _row
     async with open_client() as client:
-        letters = await dead_letters.list_dead(client.queue, error_code=error_code, limit=limit)
+        shown = [as_shown(letter) async for letter in dead_letters.find(client.queue, where, limit=limit)]
     if as_json:
-        output.print_json([_document(letter) for letter in letters])
-    elif not letters:
+        output.print_json(shown)
+    elif not shown:
         output.stdout().print("no dead letters")
     else:
         columns = ("entry", "died at", "job", "run", "code", "error")
-        output.stdout().print(output.table(columns, map(_row, letters)))
+        output.stdout().print(output.table(columns, shown))
     return Status.OK
 
 
@@ -54,52 +78,66 @@ async def show_letter(entry_id: EntryId, as_json: AsJson = False) -> Status:
     return Status.OK
 
 
-async def replay_letters(
-    entry_ids: MaybeEntryIds = None,
+async def drop_letters(
+    context: typer.Context,
+    entry_ids: EntryIds = None,
     every: All = False,
-    error_code: Code = None,
-    changes: Changes = None,
+    error_code: Codes = None,
+    older_than: OlderThan = None,
+    newer_than: NewerThan = None,
+    tenant: Tenant = None,
+    lora: Lora = None,
+    text: ErrorText = None,
+    job: JobId = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> Status:
-    """Run jobs again that died: those named, all of one error code, or all."""
-    if bool(entry_ids) + every + (error_code is not None) != 1:
-        raise BadUsage("give entry ids, or --error-code, or --all")
-    edits = parse_json(changes, "--changes") if changes is not None else {}
-    if not isinstance(edits, dict) or "job_id" in edits:
-        raise BadUsage("--changes takes an object of fields, without job_id")
+    """Remove dead letters for good: those named, those that fit the filters, or all.
+
+    Asks before it drops what was not named; without a terminal it refuses to, unless --yes is given.
+    """
+    check_choice(context.params)
     async with open_client() as client:
-        if entry_ids:
-            letters = [await dead_letters.show(client.queue, entry_id) for entry_id in dict.fromkeys(entry_ids)]
+        chosen = await choose(client.queue, context.params)
+        if dry_run:
+            count = len(chosen) if not entry_ids else await _existing(client.queue, chosen)
+        elif chosen and not entry_ids and not yes and not _confirmed(len(chosen)):
+            return Status.FAILED
         else:
-            letters = await dead_letters.list_dead(client.queue, error_code=error_code)
-        results = await dead_letters.replay(client, client.queue, letters, changes=edits, dry_run=dry_run)
+            count = await dead_letters.drop(client.queue, chosen)
     if as_json:
-        output.print_json([asdict(result) for result in results])
+        output.print_json({"would_drop" if dry_run else "dropped": count})
     else:
-        rows = ((one.entry_id, one.job_id or "", one.verdict, one.run or "", one.reason or "") for one in results)
-        output.stdout().print(output.table(("entry", "job", "verdict", "run", "reason"), rows))
-    return max([Status.OK, *map(_status, results)])
+        output.stdout().print(f"{'would drop' if dry_run else 'dropped'} {count} of {len(chosen)}")
+    return Status.USAGE if entry_ids and count != len(chosen) else Status.OK
 
 
-async def drop_letters(entry_ids: EntryIds, as_json: AsJson = False) -> Status:
-    """Remove dead letters for good."""
-    async with open_client() as client:
-        unique = list(dict.fromkeys(entry_ids))
-        dropped = await dead_letters.drop(client.queue, unique)
-    if as_json:
-        output.print_json({"dropped": dropped})
-    else:
-        output.stdout().print(f"dropped {dropped} of {len(unique)}")
-    return Status.OK if dropped == len(unique) else Status.USAGE
+async def _existing(queue: ProducerQueue, entry_ids: Sequence[str]) -> int:
+    return len([entry_id for entry_id in entry_ids if await queue.dead_letter(entry_id) is not None])
 
 
-def _status(result: ReplayResult) -> Status:
-    return Status.FAILED if result.verdict in (Verdict.REFUSED, Verdict.UNDECODABLE) else Status.OK
+def _confirmed(count: int) -> bool:
+    """Asks on the terminal. Raises BadUsage where there is none."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise BadUsage(f"this would drop {count} dead letters for good: look at them (--dry-run), then add --yes")
+    with _interruptible():
+        return typer.confirm(f"Drop {count} dead letters for good?", err=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C end a question: asyncio's own handler waits for an event loop, which waits for the answer."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _row(letter: DeadLetter) -> tuple[object, ...]:
-    error = getattr(letter.event.data, "error", "") if letter.event else "cannot be read"
+    error = letter.error or "" if letter.event else "cannot be read"
     died_at = output.time_text(letter.died_at)
     return letter.entry_id, died_at, letter.job_id or "", letter.run or "", letter.error_code or "", error
 

@@ -47,8 +47,11 @@ Tenant = Annotated[str | None, typer.Option(help="Whose job it is; kept with the
 JobId = Annotated[str | None, typer.Option(help="Also the idempotency key; default: a new one.")]
 OutputKey = Annotated[str | None, typer.Option(help="Object key of the PNG; default: images/JOB_ID.png.")]
 UploadUrl = Annotated[str | None, typer.Option(help="Presigned PUT for the PNG.")]
-WebhookUrl = Annotated[str | None, typer.Option(help="Kept with the job; delivery is not built yet.")]
+WebhookUrl = Annotated[str | None, typer.Option(help="Where the listener delivers the job's terminal event.")]
 Metadata = Annotated[str | None, typer.Option(metavar="JSON", help="An object that every event echoes.")]
+Presign = Annotated[
+    bool, typer.Option("--presign", help="Sign the LoRA's key: for consumers that cannot read the bucket themselves.")
+]
 TakesPriority = Annotated[Priority, typer.Option(help="Which jobs go first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the pictures; with --json: lines, jobs first.")]
 
@@ -76,6 +79,7 @@ def publish(
     upload_url: UploadUrl = None,
     webhook_url: WebhookUrl = None,
     metadata: Metadata = None,
+    presign: Presign = False,
     priority: TakesPriority = Priority.NORMAL,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -85,11 +89,17 @@ def publish(
     fields = {
         name: context.params[name] for name in RequestFields.__annotations__ if context.params.get(name) is not None
     }
-    return _publish(fields, file, priority=priority, wait=wait, as_json=as_json)
+    return _publish(fields, file, presign=presign, priority=priority, wait=wait, as_json=as_json)
 
 
 async def _publish(
-    fields: dict[str, Any], file: Iterable[bytes] | None, *, priority: Priority, wait: bool, as_json: bool
+    fields: dict[str, Any],
+    file: Iterable[bytes] | None,
+    *,
+    presign: bool,
+    priority: Priority,
+    wait: bool,
+    as_json: bool,
 ) -> Status:
     if "metadata" in fields:
         fields["metadata"] = parse_json(fields["metadata"], "--metadata")
@@ -97,7 +107,7 @@ async def _publish(
         raise BadUsage("give either a prompt or a --file")
     requests = [make_request(fields)] if file is None else list(_read(file, fields))
     async with open_client() as client:
-        outcomes, failure = await _submit(client, requests, priority)
+        outcomes, failure = await _submit(client, requests, priority, presign=presign)
         documents = [_document(outcome) for outcome in outcomes]
         if failure is not None:
             documents.append(_failure_document(failure))
@@ -121,7 +131,11 @@ class _Failure(NamedTuple):
 
 
 async def _submit(
-    client: AsyncGenerationClient, requests: Sequence[GenerationRequest | RequestRefused], priority: Priority
+    client: AsyncGenerationClient,
+    requests: Sequence[GenerationRequest | RequestRefused],
+    priority: Priority,
+    *,
+    presign: bool,
 ) -> tuple[list[Job | ProducerError], _Failure | None]:
     """What became of the requests, in order, up to the batch at which Redis failed."""
     outcomes: list[Job | ProducerError] = []
@@ -129,7 +143,7 @@ async def _submit(
         batch = requests[start : start + _BATCH]
         good = [request for request in batch if isinstance(request, GenerationRequest)]
         try:
-            jobs = iter(await client.submit_many(good, priority=priority))
+            jobs = iter(await client.submit_many(good, priority=priority, presign=presign))
         except RedisError as error:
             return outcomes, _Failure(error, [request.job_id for request in good])
         outcomes += [next(jobs) if isinstance(request, GenerationRequest) else request for request in batch]

@@ -120,7 +120,7 @@ async def _follow(client: AsyncGenerationClient, job_id: str, board: Board, time
                 board.step(job_id, item)
     except TimeoutError:
         message = f"the job {job_id} has not ended within {timeout_s:g} s"
-        return board.give_up(job_id, WaitTimeout(message, job_id=job_id))
+        return board.give_up(job_id, WaitTimeout(message, job_id=job_id, retry_after=0, details={"limit": "total"}))
     except JobUnknown as error:
         return board.give_up(job_id, error)
     except EventError as error:

@@ -1,4 +1,4 @@
-"""The guarded way out: HTTP exchanges with storage that connect only to what was checked.
+"""The guarded way out: HTTP exchanges with storage and webhooks that connect only to what was checked.
 
 The session's resolver hands on checked addresses only, so what is connected to is what was checked. Nothing is
 redirected, decompressed, or read from the environment, and no error repeats a URL's query.
@@ -84,7 +84,7 @@ class CheckedResolver(AbstractResolver):
 
 
 def open_session(*, allow_loopback: bool, resolver: AbstractResolver | None = None) -> aiohttp.ClientSession:
-    """The session for every exchange of this process with storage; call it where an event loop runs, and close it."""
+    """The session for such exchanges; call it where an event loop runs, and close it."""
     checked = CheckedResolver(resolver or aiohttp.ThreadedResolver(), allow_loopback=allow_loopback)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=checked),

@@ -83,7 +83,9 @@ class HostRule:
 
     def covers_path(self, host: str, path: str) -> bool:
         """Whether `path`, as written, names an object of the rule's bucket."""
-        prefix = "/" if self.bucket is None or self._is_bucket_host(host) else f"/{self.bucket}/"
+        if self.bucket is None:
+            return True
+        prefix = "/" if self._is_bucket_host(host) else f"/{self.bucket}/"
         return path.startswith(prefix) and len(path) > len(prefix)
 
     def _is_bucket_host(self, host: str) -> bool:
@@ -94,11 +96,13 @@ class HostRule:
 class HostRules:
     """An allow-list. Without rules every URL is refused.
 
-    `allow_loopback`: listed loopback hosts may be spoken to in plain http, on any port.
+    `allow_loopback`: listed loopback hosts may be spoken to in plain http, on any port. `any_public`: there is no list,
+    https to any public host will do, on its own port.
     """
 
     rules: tuple[HostRule, ...] = ()
     allow_loopback: bool = False
+    any_public: bool = False
 
     @classmethod
     def own(cls, endpoint_url: str | None, bucket: str | None, *, allow_loopback: bool = False) -> Self:
@@ -128,12 +132,10 @@ class HostRules:
         Raises ForbiddenUrl.
         """
         scheme, host, port, path = _read_url(url)
-        if not self.rules:
-            raise ForbiddenUrl("no storage host is allowed: the allow-list is empty")
-        rules = [rule for rule in self.rules if rule.covers_host(host)]
+        rules = [rule for rule in self._listed(host) if rule.covers_host(host)]
         if not rules:
             raise ForbiddenUrl(f"the host {host} is not on the allow-list")
-        if not (self.allow_loopback and host in LOOPBACK_HOSTS):
+        if self.any_public or not (self.allow_loopback and host in LOOPBACK_HOSTS):
             _check_https(scheme, host)
             _check_literal_address(host)
             rules = [rule for rule in rules if port == (rule.port or HTTPS_PORT)]
@@ -142,6 +144,13 @@ class HostRules:
         _check_no_dot_segments(path)
         if not any(rule.covers_path(host, path) for rule in rules):
             raise ForbiddenUrl(f"the path on {host} is outside the allowed buckets")
+
+    def _listed(self, host: str) -> tuple[HostRule, ...]:
+        if self.any_public:
+            return (HostRule(host),)
+        if not self.rules:
+            raise ForbiddenUrl("no host is allowed: the allow-list is empty")
+        return self.rules
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:

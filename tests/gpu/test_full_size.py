@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 
 from consumer.engine import LoraFile, PreparedLoras, StockEngine
 from consumer.errors import JobCancelled
-from consumer.lora.shapes import ModelShapes
+from consumer.lora.shapes import model_shapes
 from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
 from tests import sdxl_base
@@ -70,7 +70,7 @@ def draw(engine: StockEngine, prepared: PreparedLoras, on_step: Any = lambda ste
 @pytest.fixture(scope="module")
 def prepared(engine: StockEngine, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> list[PreparedLoras]:
     folder = tmp_path_factory.mktemp("loras")
-    shapes = ModelShapes.of(pipeline)
+    shapes = model_shapes(pipeline)
     everything = loras.attention_modules(shapes, text_encoders=True)
     few = dict(list(loras.attention_modules(shapes).items())[:2])
     files: list[Path] = [

@@ -9,7 +9,9 @@ from redis.asyncio import Redis
 
 from consumer.queue import Delivery, Lease
 from producer.client import AsyncGenerationClient
+from producer.storage import PresignedUrls
 from schemas.entries import decode_entry
+from schemas.errors import ErrorCode
 from schemas.events import FailedEvent, SucceededEvent
 from schemas.keys import JobState, Keys
 from tests import event_kit
@@ -19,6 +21,9 @@ T = TypeVar("T")
 PATIENCE_S = 20.0
 CANARY = "X-Amz-Signature=canary"
 FOREIGN_URL = "https://files.example/cat.safetensors"
+STORAGE = PresignedUrls(
+    endpoint_url="https://account.r2.example", bucket="pictures", access_key_id="id", secret_access_key="secret"
+)
 
 
 def a_client(url: str, keys: Keys, **options: Any) -> AsyncGenerationClient:
@@ -94,8 +99,19 @@ class Ender(FakeConsumer):
         await self.end(lease, delivery, event)
         return event
 
+    async def expire_next(self, run: int = 1, code: ErrorCode = ErrorCode.LORA_DOWNLOAD_FAILED) -> FailedEvent:
+        """Fails the next job during preparation, as one whose presigned URL has expired."""
+        lease, delivery = await self.take_next()
+        event = event_kit.failed(lease.job_id, run=run)
+        data = event.data.model_copy(update={"error_code": code, "retry_after": 0})
+        event = event.model_copy(update={"data": data})
+        await self.end(lease, delivery, event)
+        return event
+
     async def succeed_next(self, run: int = 1) -> SucceededEvent:
-        lease, delivery = await self.run_next()
+        return await self.succeed(*await self.run_next(), run=run)
+
+    async def succeed(self, lease: Lease, delivery: Delivery, run: int = 1) -> SucceededEvent:
         event = event_kit.succeeded(lease.job_id, run=run)
         await self.end(lease, delivery, event)
         return event

@@ -3,14 +3,21 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from redis.asyncio import Redis
+from sqlalchemy import Engine
 
-from demo.servers import RedisServer
+from demo.servers import RedisServer, S3Server
 from producer.client import AsyncGenerationClient
+from producer.database import open_engine
+from producer.gateway import create_app
+from producer.settings import ProducerSettings
+from producer.store import Store
 from schemas.keys import Keys
 from tests.integration.cli_kit import Cli, a_cli
 from tests.integration.client_kit import Ender, a_client
+from tests.integration.gateway_kit import BUCKET, Painter, calling, gateway_settings
 from tests.s3_stub import S3Stub, running_stub
 
 
@@ -27,6 +34,22 @@ def cli(redis_at: RedisServer, keys: Keys, tmp_path: Path) -> Iterator[Cli]:
 
 
 @pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine for an empty database: once SQLite, once PostgreSQL."""
+    opened = open_engine(database_url)
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture
+def store(engine: Engine) -> Store:
+    """The listener's tables, empty."""
+    opened = Store(engine)
+    opened.migrate()
+    return opened
+
+
+@pytest.fixture
 def ann(redis: Redis, keys: Keys) -> Ender:
     return Ender(redis, keys, "ann")
 
@@ -40,3 +63,24 @@ def bob(redis: Redis, keys: Keys) -> Ender:
 async def stub() -> AsyncIterator[S3Stub]:
     async with running_stub() as stub:
         yield stub
+
+
+@pytest.fixture
+def gateway_env(redis_at: RedisServer, s3_at: S3Server, keys: Keys) -> ProducerSettings:
+    """The gateway's settings: a token, and a bucket that is there."""
+    s3_at.create_bucket(BUCKET)
+    return gateway_settings(redis_at, keys, s3_at)
+
+
+@pytest.fixture
+async def http(gateway_env: ProducerSettings) -> AsyncIterator[httpx.AsyncClient]:
+    """A caller of a gateway that is served on a real socket."""
+    async with calling(create_app(gateway_env)) as http:
+        yield http
+
+
+@pytest.fixture
+def painter(redis: Redis, keys: Keys, s3_at: S3Server) -> Painter:
+    painter = Painter(redis, keys, "pat")
+    painter.s3 = s3_at
+    return painter

@@ -83,10 +83,6 @@ def test_publishing_a_job_again_says_so_on_stderr_alone(cli: Cli) -> None:
         (["cancel", "a b"], 2, "not a job id"),
         (["wait", "nobody"], 2, "nothing is known"),
         (["listen", "--drop-group", "nobody"], 2, "no group nobody"),
-        (["dead", "replay"], 2, "entry ids, or --error-code, or --all"),
-        (["dead", "show", "1-1"], 2, "no dead letter"),
-        (["dead", "show", "99999999999999999999-0"], 2, "no dead letter"),
-        (["dead", "replay", "--all", "--changes", "[]"], 2, "--changes"),
         (["fly"], 2, "fly"),
     ],
 )

@@ -17,8 +17,10 @@ from schemas.errors import ErrorCode
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
 from tests import event_kit
-from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client, begun, blocked
 from tests.integration.queue_kit import entries
+
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 async def test_a_submitted_request_waits_in_the_stream_of_its_priority_under_an_id_of_its_own(
@@ -97,6 +99,88 @@ async def test_of_many_requests_the_bad_ones_lose_nothing_of_the_others(
     jobs = [outcome.job_id for outcome in outcomes if isinstance(outcome, Job)]
     assert jobs == [f"j{number}" for number in range(250) if number not in (10, 120, 249)] + ["j1"]
     assert await redis.xlen(keys.requests(Priority.NORMAL)) == 248
+
+
+async def test_a_thousand_prompts_by_seeds_go_in_ten_round_trips_one_after_the_other(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[dict[str, Any]] = [
+        {"job_id": f"cat-{prompt}-{seed}", "prompt": f"prompt {prompt}", "seed": seed, "lora_key": "cat.safetensors"}
+        for prompt in range(40)
+        for seed in range(25)
+    ]
+    requests[500] = {**requests[500], "steps": 5}  # refused
+    requests[700:710] = requests[:10]  # in one list twice
+    sizes: list[int] = []
+    in_flight = 0
+    submit = client.queue.submit
+
+    async def counted(batch: Any, **options: Any) -> Any:
+        nonlocal in_flight
+        in_flight += 1
+        sizes.append(len(batch))
+        assert in_flight == 1
+        try:
+            return await submit(batch, **options)
+        finally:
+            in_flight -= 1
+
+    monkeypatch.setattr(client.queue, "submit", counted)
+    first, again = await client.submit_many(requests), await client.submit_many(requests)
+    assert sizes == ([100] * 9 + [99]) * 2
+    for outcomes, duplicates in ((first, 10), (again, 999)):
+        assert [number for number, outcome in enumerate(outcomes) if not isinstance(outcome, Job)] == [500]
+        assert isinstance(outcomes[500], RequestRefused)
+        assert [outcome.job_id for outcome in outcomes] == [request["job_id"] for request in requests]
+        assert sum(isinstance(outcome, Job) and outcome.duplicate for outcome in outcomes) == duplicates
+    order = [fields[b"job_id"].decode() for _, fields in await entries(redis, keys.requests(Priority.NORMAL))]
+    expected = [request["job_id"] for number, request in enumerate(requests) if number not in {500, *range(700, 710)}]
+    assert order == expected
+
+
+async def test_a_trace_context_travels_with_the_entry_to_the_consumer(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys
+) -> None:
+    await client.submit(prompt="a fox", traceparent=TRACEPARENT)
+    await client.submit_many([{"prompt": "a fox"}] * 2, traceparent=TRACEPARENT)
+    await client.submit(prompt="a fox")
+    found = [decode_entry(fields) for _, fields in await entries(redis, keys.requests(Priority.NORMAL))]
+    assert [entry.traceparent for entry in found] == [TRACEPARENT] * 3 + [None]
+    assert all(entry.request for entry in found)
+
+
+@pytest.mark.parametrize(
+    "traceparent", ["", "00", TRACEPARENT.upper(), f"{TRACEPARENT}\n", f"ff{TRACEPARENT[2:]}", "ü"]
+)
+async def test_a_trace_context_that_consumers_would_ignore_is_refused(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys, traceparent: str
+) -> None:
+    with pytest.raises(RequestRefused, match="traceparent") as caught:
+        await client.submit(prompt="a fox", traceparent=traceparent)
+    assert (caught.value.error_code, caught.value.details) == (ErrorCode.INVALID_REQUEST, {"field": "traceparent"})
+    assert await redis.keys(f"*{keys.prefix}*") == []
+
+
+@pytest.mark.parametrize("options", ["decode_responses=true", "socket_timeout=0.01&decode_responses=false"])
+async def test_options_in_the_url_for_other_programs_do_not_reach_what_works_in_bytes(
+    redis_at: RedisServer, keys: Keys, ann: Ender, redis: Redis, options: str
+) -> None:
+    with capture_logs() as logs:
+        async with a_client(f"{redis_at.url}?{options}", keys) as client:
+            await client.submit(job_id="job-1", prompt="a fox")
+            result = begun(client.result("job-1"))
+            await blocked(redis)
+            event = await ann.succeed_next()
+            assert await result == event
+            assert (await client.status("job-1")).event == event
+    assert logs == []
+
+
+@pytest.mark.parametrize("url", ["http://x", "redis://:canary@x?no_such=1", "redis://x?socket_timeout=canary"])
+def test_a_url_that_is_none_of_redis_is_refused_without_showing_it(url: str, keys: Keys) -> None:
+    with pytest.raises(ValueError, match="not the URL of a Redis") as caught:
+        a_client(url, keys)
+    assert "canary" not in str(caught.value)
 
 
 async def test_more_callers_than_connections_wait_for_their_turn(

@@ -63,6 +63,36 @@ async def test_a_running_job_is_asked_to_stop(
     assert await ann.leases.progress(lease, 1, 28, 1.0) == "cancel"
 
 
+@pytest.mark.parametrize("state", ["queued", "delayed", "preparing", "running", "succeeded", "failed", "cancelled"])
+async def test_a_cancellation_says_what_it_found(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender, state: str
+) -> None:
+    await client.submit(job_id="job-1", prompt="a fox")
+    match state:
+        case "delayed":
+            lease, _ = await ann.take_next()
+            await ann.leases.retry(lease, retrying(lease), 60)
+        case "preparing":
+            await ann.take_next()
+        case "running":
+            await ann.run_next()
+        case "succeeded":
+            await ann.succeed_next()
+        case "failed":
+            await ann.fail_next()
+        case "cancelled":
+            await client.cancel("job-1")
+    ended = len([event for event in await completions(redis, keys) if event["type"] == "generation.cancelled"])
+    outcome = await client.cancel("job-1")
+    assert outcome.state == state
+    at_once, on_a_consumer = ("queued", "delayed"), ("preparing", "running")
+    verdict = "cancelled" if state in at_once else "asked" if state in on_a_consumer else "ended"
+    assert outcome.verdict == verdict
+    assert await redis.exists(keys.cancel("job-1")) == (state in on_a_consumer)
+    events = [event for event in await completions(redis, keys) if event["type"] == "generation.cancelled"]
+    assert [event["data"]["stage"] for event in events[ended:]] == ([state] if state in at_once else [])
+
+
 async def test_an_ended_job_is_left_alone_and_no_later_run_is_cancelled_for_it(
     client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender
 ) -> None:

@@ -11,21 +11,16 @@ from demo.servers import RedisServer
 from producer.client import AsyncGenerationClient
 from producer.errors import JobConflict, JobUnknown, QueueFull, RequestRefused
 from producer.jobs import Job
-from producer.storage import PresignedUrls
 from schemas.entries import RequestEntry, decode_entry
 from schemas.keys import JobState, Keys, Priority
 from schemas.requests import GenerationRequest
-from tests.integration.client_kit import CANARY, FOREIGN_URL, Ender, a_client
+from tests.integration.client_kit import CANARY, FOREIGN_URL, STORAGE, Ender, a_client
 from tests.integration.queue_kit import entries
-
-_storage = PresignedUrls(
-    endpoint_url="https://account.r2.example", bucket="pictures", access_key_id="id", secret_access_key="secret"
-)
 
 
 @pytest.fixture
 async def client(redis_at: RedisServer, keys: Keys) -> AsyncIterator[AsyncGenerationClient]:
-    async with a_client(redis_at.url, keys, storage=_storage) as client:
+    async with a_client(redis_at.url, keys, storage=STORAGE) as client:
         yield client
 
 
@@ -104,7 +99,7 @@ async def test_a_live_or_succeeded_job_is_not_turned_into_another_one(
 
 
 async def test_own_urls_are_signed_again(client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender) -> None:
-    lora, png = _storage.lora_url("loras/ä b.safetensors", 1), _storage.upload_url("out/x.png", 1)
+    lora, png = STORAGE.lora_url("loras/ä b.safetensors", 1), STORAGE.upload_url("out/x.png", 1)
     await client.submit(job_id="job-1", prompt="a fox", lora_url=lora, upload_url=png)
     await ann.fail_next()
     await client.resubmit("job-1")
@@ -112,14 +107,14 @@ async def test_own_urls_are_signed_again(client: AsyncGenerationClient, redis: R
     assert request is not None
     for url, key in ((request.lora_url, "loras/ä b.safetensors"), (request.upload_url, "out/x.png")):
         assert url is not None
-        assert _storage.owns(url) == key
+        assert STORAGE.owns(url) == key
         assert "X-Amz-Expires=3600" in url
 
 
 async def test_several_own_loras_are_signed_again_and_keys_need_no_signature(
     client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender
 ) -> None:
-    loras: list[Any] = [{"url": _storage.lora_url("a.safetensors", 1), "scale": 0.5}, {"key": "b.safetensors"}]
+    loras: list[Any] = [{"url": STORAGE.lora_url("a.safetensors", 1), "scale": 0.5}, {"key": "b.safetensors"}]
     await client.submit(job_id="job-1", prompt="a fox", loras=loras)
     await ann.fail_next()
     await client.resubmit("job-1")
@@ -144,7 +139,7 @@ async def test_a_foreign_url_without_its_signature_is_refused_by_name(
     await ann.fail_next()
     with pytest.raises(RequestRefused, match="fresh") as caught:
         await client.resubmit("job-1")
-    assert caught.value.details == {"field": lost}
+    assert (caught.value.details, caught.value.job_id) == ({"field": lost}, "job-1")
     assert "canary" not in str(caught.value)
     assert (await client.status("job-1")).run == 1
 

@@ -1,5 +1,6 @@
 """The client for code without an event loop, on a real Redis."""
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,7 +18,7 @@ from producer.storage import PresignedUrls
 from schemas.keys import JobState, Keys
 from tests import event_kit
 from tests.integration import client_kit
-from tests.integration.client_kit import Ender, a_client
+from tests.integration.client_kit import STORAGE, Ender, a_client
 
 Consume = Callable[[Callable[[Ender], Coroutine[Any, Any, Any]]], Any]
 
@@ -62,6 +63,47 @@ def test_many_are_submitted_cancelled_and_submitted_again(client: GenerationClie
     assert isinstance(refused, RequestRefused)
     assert client.cancel(job.job_id).verdict == CancelVerdict.CANCELLED
     assert client.resubmit(job.job_id, steps=30) == Job(job.job_id, 2, JobState.QUEUED, duplicate=False)
+
+
+@pytest.mark.parametrize("name", ["submit", "submit_many", "resubmit", "status", "events", "result", "cancel"])
+def test_a_method_takes_what_the_async_one_takes_and_sends_to_its_docs(name: str) -> None:
+    ours, theirs = getattr(GenerationClient, name), getattr(AsyncGenerationClient, name)
+    assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
+    assert ours.__doc__ == f"See `AsyncGenerationClient.{name}`."
+    assert inspect.getdoc(theirs)
+
+
+def test_limits_signing_and_traces_reach_the_async_client(
+    redis_at: RedisServer, keys: Keys, client: GenerationClient, consume: Consume
+) -> None:
+    for option, limit in (("queue_timeout_s", "queue"), ("timeout_s", "total")):
+        job = client.submit(prompt="a fox")
+        options: Any = {option: 0.05, "cancel_on_timeout": True}
+        with pytest.raises(WaitTimeout) as caught:
+            client.result(job.job_id, **options)
+        assert caught.value.details == {"limit": limit}
+        assert client.status(job.job_id).state == JobState.CANCELLED
+    job = client.submit(prompt="a fox")
+    consume(lambda ann: ann.run_next())
+    with pytest.raises(WaitTimeout) as caught:
+        client.result(job.job_id, run_timeout_s=0.05)
+    assert caught.value.details == {"limit": "run"}
+    with pytest.raises(RequestRefused, match="presigned"):
+        client.submit(prompt="a fox", lora_key="a", presign=True)
+    [refused] = client.submit_many([{"prompt": "a fox", "lora_key": "a"}], presign=True)
+    assert isinstance(refused, RequestRefused)
+    for submit in (client.submit_many, lambda fields, **options: client.submit(**fields[0], **options)):
+        with pytest.raises(RequestRefused, match="traceparent"):
+            submit([{"prompt": "a fox"}], traceparent="x")
+
+
+def test_a_run_whose_url_had_expired_is_signed_again(redis_at: RedisServer, keys: Keys, consume: Consume) -> None:
+    with GenerationClient(a_client(redis_at.url, keys, storage=STORAGE)) as client:
+        client.submit(prompt="a fox", job_id="job-1", lora_key="a", presign=True)
+        consume(lambda ann: ann.expire_next())
+        with pytest.raises(WaitTimeout):
+            client.result("job-1", resign=True, timeout_s=0.2)
+        assert client.status("job-1").run == 2
 
 
 def test_events_are_iterated_up_to_the_end(client: GenerationClient, consume: Consume) -> None:

@@ -1,7 +1,9 @@
 """Waiting for jobs on a real Redis: progress, ends, limits, and a Redis that goes away meanwhile."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -18,7 +20,7 @@ from schemas.events import EventError
 from schemas.keys import JobState, Keys
 from schemas.requests import GenerationRequest
 from tests import event_kit
-from tests.integration.client_kit import Ender, a_client, a_redis, begun, blocked, until
+from tests.integration.client_kit import PATIENCE_S, Ender, a_client, a_redis, begun, blocked, until
 from tests.integration.queue_kit import publish
 
 
@@ -111,6 +113,62 @@ async def test_the_end_of_an_older_run_is_passed_over(
     assert await result == event
 
 
+async def test_the_steps_of_an_older_run_are_not_shown_for_a_later_one(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender
+) -> None:
+    lease, delivery = await ann.run_next()
+    await ann.leases.progress(lease, 27, 28, 0.5)
+    await ann.end(lease, delivery, event_kit.failed("job-1"))
+    await ann.leases.progress(lease, 28, 28, 0.0)  # a consumer that is late
+
+    shown: list[object] = []
+
+    async def follow() -> None:
+        async for item in client.events("job-1", run=2):
+            shown.append(item)
+
+    following = begun(follow())
+    await blocked(redis)
+    await client.resubmit("job-1")
+    lease, delivery = await ann.run_next()
+
+    async def step_is_shown() -> bool:
+        await ann.leases.progress(lease, 1, 28, 13.5)
+        return bool(shown)
+
+    await until(step_is_shown)
+    event = event_kit.succeeded("job-1", run=2)
+    await ann.end(lease, delivery, event)
+    await following
+    assert shown == [Progress(1, 28, 13.5)] * (len(shown) - 1) + [event]
+
+
+async def test_an_ended_run_shows_its_end_and_nothing_that_comes_after_it(
+    client: AsyncGenerationClient, ann: Ender
+) -> None:
+    lease, delivery = await ann.run_next()
+    await ann.leases.progress(lease, 1, 28, 13.5)
+    event = event_kit.succeeded("job-1")
+    await ann.end(lease, delivery, event)
+    await ann.leases.progress(lease, 2, 28, 13.0)
+    for _ in range(2):
+        assert [item async for item in client.events("job-1")] == [event]
+
+
+async def test_an_iteration_that_has_given_the_end_is_over(
+    client: AsyncGenerationClient, redis: Redis, keys: Keys, ann: Ender
+) -> None:
+    items = client.events("job-1")
+    first = begun(anext(items))
+    await blocked(redis)
+    event = await ann.fail_next()
+    assert await first == event
+    await client.resubmit("job-1")
+    await redis.xadd(keys.progress("job-1"), {"step": "1", "total": "28", "eta_s": "1"})
+    with pytest.raises(StopAsyncIteration):
+        await begun(anext(items))
+
+
 async def test_the_end_of_a_newer_run_ends_the_waiting_for_an_older_one(
     client: AsyncGenerationClient, ann: Ender
 ) -> None:
@@ -162,6 +220,55 @@ async def test_an_abandoned_wait_leaves_no_connection(client: AsyncGenerationCli
         return len(await redis.client_list()) <= before
 
     await until(gone)  # the server sees the end of a connection a little later
+
+
+@pytest.fixture
+def lossy(client: AsyncGenerationClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loses the first cancellation during a read, as Python 3.11's wait_for does if a command is just sent."""
+    read, lost = client.queue.progress, False
+
+    async def lossy_read(*args: Any) -> Any:
+        nonlocal lost
+        try:
+            return await read(*args)
+        except asyncio.CancelledError:
+            if lost:
+                raise
+            lost = True
+            return []
+
+    monkeypatch.setattr(client.queue, "progress", lossy_read)
+
+
+@pytest.mark.usefixtures("lossy")
+async def test_a_limit_holds_though_its_cancellation_is_lost_in_a_library(client: AsyncGenerationClient) -> None:
+    with pytest.raises(WaitTimeout):
+        await begun(client.result("job-1", timeout_s=0.05))
+
+
+@pytest.mark.usefixtures("lossy")
+async def test_an_abandoned_wait_ends_though_its_cancellation_is_lost_in_a_library(
+    client: AsyncGenerationClient, redis: Redis
+) -> None:
+    result = asyncio.create_task(client.result("job-1"))
+    await blocked(redis)
+    result.cancel()
+    done, _ = await asyncio.wait({result}, timeout=PATIENCE_S)
+    assert done
+    assert result.cancelled()
+
+
+async def test_whoever_waits_while_being_cancelled_may_do_so(client: AsyncGenerationClient, ann: Ender) -> None:
+    async def last_will() -> object:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(PATIENCE_S)
+        return await client.result("job-1")
+
+    waiting = asyncio.create_task(last_will())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    event = await ann.succeed_next()
+    assert await waiting == event
 
 
 async def test_many_waits_do_not_stand_in_each_others_way(

@@ -14,6 +14,7 @@ import pytest
 from demo import stack
 from demo.run import run
 from demo.servers import ServerFailed, redis_executable
+from producer.database import open_engine
 from producer.store import Store
 from schemas.keys import JobState
 
@@ -51,9 +52,10 @@ def test_the_demo_goes_as_planned(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"https?://[^\s\"<]*\?", page)
 
-    store = Store(f"sqlite:///{out / 'listener.db'}")
+    engine = open_engine(f"sqlite:///{out / 'listener.db'}")
+    store = Store(engine)
     stored = {job_id: store.job(job_id) for job_id in JOBS}
-    store.close()
+    engine.dispose()
     assert {job_id: job.state for job_id, job in stored.items() if job} == JOBS
 
 

@@ -1,104 +1,48 @@
-"""The listener between a real Redis and a real SQLite file: what is stored, called, acknowledged, and when."""
+"""The listener between a real Redis and a real database: what is stored, called, acknowledged, and when."""
 
 import asyncio
 import logging
 import signal
-import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
 from redis.asyncio import Redis
+from sqlalchemy import Engine
 
 from demo.servers import RedisServer, redis_server
 from producer.completions import Completions
+from producer.database import open_engine
 from producer.listener import Listener, from_settings
-from producer.queue import connect, connect_for_blocking_reads
+from producer.queue import connect
 from producer.settings import ProducerSettings
 from producer.store import Store
 from schemas.events import Event, FailedEvent
 from schemas.keys import JobState, Keys
 from tests.event_kit import failed, retrying, started, succeeded
-from tests.integration.queue_kit import add, entries
+from tests.integration.listener_kit import (
+    PATIENCE_S,
+    make_listener,
+    publish,
+    reading,
+    running,
+    state,
+    until,
+    until_acknowledged,
+)
+from tests.integration.queue_kit import add
+from tests.integration.store_kit import everything, execute
 
-PATIENCE_S = 20.0
 CANARY = "c0ffee5ec2e7"
 SIGNED = f"https://bucket.example/lora.safetensors?X-Amz-Signature={CANARY}"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path}/listener.db")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
 async def listener(redis_at: RedisServer, redis: Redis, keys: Keys, store: Store) -> AsyncIterator[Listener]:
     async with reading(redis_at.url) as reader:
         yield make_listener(redis, reader, keys, store, "ann")
-
-
-@asynccontextmanager
-async def reading(url: str) -> AsyncIterator[Redis]:
-    reader = connect_for_blocking_reads(url, block_s=1)
-    yield reader
-    await reader.aclose()
-
-
-def make_listener(redis: Redis, reader: Redis, keys: Keys, store: Store, name: str) -> Listener:
-    completions = Completions(redis, reader, keys, "listeners", name)
-    return Listener(completions, store, block_s=0.05, upkeep_every_s=0.05, retry_cap_s=0.05)
-
-
-@asynccontextmanager
-async def running(listener: Listener) -> AsyncIterator[None]:
-    """The listener at work; stopped, and found to have ended cleanly, at the block's end."""
-    stop = asyncio.Event()
-    task = asyncio.create_task(listener.run(stop))
-    try:
-        yield
-    finally:
-        stop.set()
-        await asyncio.wait_for(task, PATIENCE_S)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-
-
-async def until_acknowledged(redis: Redis, keys: Keys, group: str = "listeners") -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            groups: Any = await redis.xinfo_groups(keys.completions)
-            [*_, (last, _)] = await entries(redis, keys.completions)
-            done = (info["pending"] == 0 and info["last-delivered-id"] == last for info in groups)
-            if [info["name"] for info in groups] == [group.encode()] and all(done):
-                return
-            await asyncio.sleep(0.01)
-
-
-async def publish(redis: Redis, keys: Keys, *events: Event) -> None:
-    for event in events:
-        fields: dict[str, str | bytes] = {"type": event.type, "job_id": event.data.job_id, "payload": event.encode()}
-        await add(redis, keys.completions, fields)
-
-
-def bytes_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.iterdir() if path.is_file())
-
-
-def state(store: Store, job_id: str = "job-1") -> JobState | None:
-    job = store.job(job_id)
-    return job.state if job else None
 
 
 async def test_events_are_stored_handed_out_in_order_and_acknowledged(
@@ -180,7 +124,7 @@ async def test_every_log_line_of_an_event_names_its_job(redis: Redis, keys: Keys
 
 
 async def test_what_cannot_be_decoded_is_stored_and_logged_and_does_not_block_what_follows(
-    redis: Redis, keys: Keys, store: Store, listener: Listener, tmp_path: Path
+    redis: Redis, keys: Keys, store: Store, engine: Engine, listener: Listener
 ) -> None:
     entry_ids = [
         await add(redis, keys.completions, {"payload": payload})
@@ -194,10 +138,9 @@ async def test_what_cannot_be_decoded_is_stored_and_logged_and_does_not_block_wh
     loud = [entry for entry in logs if entry["log_level"] == "error"]
     assert [entry["event_id"] for entry in loud] == [f"undecodable:{entry_id}" for entry_id in entry_ids]
     assert CANARY not in str(logs)
-    store.close()
-    kept = bytes_in(tmp_path)
-    assert b"nothing=https://bucket.example/lora.safetensors" in kept
-    assert CANARY.encode() not in kept
+    kept = str(everything(engine))
+    assert "nothing=https://bucket.example/lora.safetensors" in kept
+    assert CANARY not in kept
 
 
 async def test_a_listener_that_dies_before_its_acknowledgement_leaves_the_event_to_the_next_one(
@@ -247,7 +190,8 @@ async def test_duplicates_are_stored_once_and_reported_as_seen_before(
 async def test_a_database_that_is_down_is_waited_for_and_nothing_is_acknowledged(
     redis_at: RedisServer, redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    store = Store(f"sqlite:///{tmp_path}/not-there-yet/listener.db")
+    engine = open_engine(f"sqlite:///{tmp_path}/not-there-yet/listener.db")
+    store = Store(engine)
     await publish(redis, keys, started(), failed())
     async with reading(redis_at.url) as reader:
         listener = make_listener(redis, reader, keys, store, "ann")
@@ -257,11 +201,11 @@ async def test_a_database_that_is_down_is_waited_for_and_nothing_is_acknowledged
                 (tmp_path / "not-there-yet").mkdir()
                 await until_acknowledged(redis, keys)
     assert state(store) is JobState.FAILED
-    store.close()
+    engine.dispose()
 
 
 async def test_a_database_that_breaks_under_the_listener_loses_no_event_and_calls_no_handler_early(
-    redis: Redis, keys: Keys, store: Store, listener: Listener, tmp_path: Path
+    redis: Redis, keys: Keys, store: Store, engine: Engine, listener: Listener
 ) -> None:
     seen: list[str] = []
     listener.on()(lambda event: seen.append(event.id))
@@ -269,22 +213,16 @@ async def test_a_database_that_breaks_under_the_listener_loses_no_event_and_call
         async with running(listener):
             await publish(redis, keys, started())
             await until_acknowledged(redis, keys)
-            execute(tmp_path / "listener.db", "ALTER TABLE events RENAME TO away")
+            execute(engine, "ALTER TABLE events RENAME TO away")
             await publish(redis, keys, failed())
             await until(lambda: sum(entry["event"] == "listener.waiting" for entry in logs) >= 2)
             [pending] = await redis.xpending_range(keys.completions, "listeners", "-", "+", 10)
             assert pending["consumer"] == b"ann"
             assert seen == ["job-1:1:started:1"]
-            execute(tmp_path / "listener.db", "ALTER TABLE away RENAME TO events")
+            execute(engine, "ALTER TABLE away RENAME TO events")
             await until_acknowledged(redis, keys)
     assert seen == ["job-1:1:started:1", "job-1:1:failed"]
     assert state(store) is JobState.FAILED
-
-
-def execute(database: Path, statement: str) -> None:
-    connection = sqlite3.connect(database, timeout=PATIENCE_S)
-    connection.execute(statement)
-    connection.close()
 
 
 async def test_redis_may_be_down_at_the_start_and_die_in_between(tmp_path: Path, store: Store, keys: Keys) -> None:
@@ -299,7 +237,7 @@ async def test_redis_may_be_down_at_the_start_and_die_in_between(tmp_path: Path,
                     await until(lambda: any(entry["event"] == "listener.waiting" for entry in logs))
                     with redis_server(tmp_path, *persistent, port=server.port) as again:
                         await publish(redis, keys, started())
-                        await until(lambda: state_of_file(store) is JobState.RUNNING)
+                        await until(lambda: state(store) is JobState.RUNNING)
                         kill(again.process)
                         logs.clear()
                         await until(lambda: any(entry["event"] == "listener.waiting" for entry in logs))
@@ -308,11 +246,6 @@ async def test_redis_may_be_down_at_the_start_and_die_in_between(tmp_path: Path,
                         await until(lambda: state(store) is JobState.FAILED)
                         await until_acknowledged(redis, keys)
         await redis.aclose()
-
-
-def state_of_file(store: Store) -> JobState | None:
-    store.create_tables()
-    return state(store)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -363,7 +296,7 @@ async def test_a_stop_lets_the_batch_at_hand_end(redis: Redis, keys: Keys, store
 async def test_hours_of_outage_do_not_overflow_the_backoff(
     redis_at: RedisServer, redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    store = Store(f"sqlite:///{tmp_path}/missing/listener.db")
+    store = Store(open_engine(f"sqlite:///{tmp_path}/missing/listener.db"))
     listener = Listener(Completions(redis, redis, keys, "listeners", "ann"), store, retry_cap_s=0)
     with structlog.testing.capture_logs() as logs:
         async with running(listener):

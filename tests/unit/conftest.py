@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from consumer.lora.shapes import ModelShapes
+    from schemas.lora.shapes import ModelShapes
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What callers give becomes a request that fits the contract, or is refused as a consumer would refuse it."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -7,10 +8,12 @@ from typing import Any, get_type_hints
 import pytest
 
 from producer.errors import RequestRefused
-from producer.requests import RequestChanges, RequestFields, follow_up, make_request
+from producer.requests import RequestChanges, RequestFields, check, follow_up, make_request, own_url_expired, presigned
+from producer.storage import PresignedUrls
 from schemas.errors import ErrorCode
 from schemas.fields import is_job_id
 from schemas.requests import GenerationRequest, LoraRef
+from tests import event_kit
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SECRET = "X-Amz-Signature=canary"
@@ -126,3 +129,67 @@ def test_a_time_limit_is_compared_with_the_given_time() -> None:
     assert follow_up(payload, {}, None, NOW - timedelta(seconds=1)).expires_at == NOW
     with pytest.raises(RequestRefused, match="expires_at"):
         follow_up(payload, {}, None, NOW)
+
+
+STORAGE = PresignedUrls(
+    endpoint_url="https://account.r2.example", bucket="pictures", access_key_id="id", secret_access_key="secret"
+)
+OWN_URL = "https://account.r2.example/pictures/a.safetensors"
+
+
+def test_a_key_is_signed_at_each_call_and_nothing_else_changes() -> None:
+    request = make_request(
+        {"job_id": "j", "prompt": "a fox", "lora_key": "a b", "expires_at": NOW, "metadata": {"x": 1}}
+    )
+    signed = presigned(request, STORAGE)
+    assert STORAGE.owns(signed.lora_url or "") == "a b"
+    assert signed.model_copy(update={"lora_url": None, "lora_key": "a b"}) == request
+    assert signed.fingerprint() == presigned(request, STORAGE).fingerprint() != request.fingerprint()
+
+
+@pytest.mark.parametrize("storage", [STORAGE, None])
+def test_a_request_without_a_key_needs_no_signing(storage: PresignedUrls | None) -> None:
+    for fields in ({}, {"lora_url": "https://x.example/a?s=1"}, {"loras": [{"url": "https://x.example/a"}]}):
+        request = make_request({"prompt": "a fox", **fields})
+        assert presigned(request, storage) is request
+
+
+def test_a_key_beside_the_url_of_the_same_object_is_the_same_lora_twice() -> None:
+    request = make_request({"prompt": "a fox", "loras": [{"key": "a.safetensors"}, {"url": OWN_URL}]})
+    with pytest.raises(RequestRefused, match="same LoRA twice"):
+        presigned(request, STORAGE)
+
+
+def test_each_request_is_checked_for_itself() -> None:
+    sources = [{"job_id": "a", "prompt": "a fox"}, {"prompt": ""}, {"job_id": "b", "prompt": "a fox", "lora_key": "k"}]
+    assert [isinstance(found, GenerationRequest) for found in check(sources)] == [True, False, True]
+    assert [isinstance(found, GenerationRequest) for found in check(sources, None, presign=True)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_after", "fields", "storage", "own"),
+    [
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"lora_url": OWN_URL}, STORAGE, True),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"loras": [{"key": "b"}, {"url": OWN_URL}]}, STORAGE, True),
+        (ErrorCode.UPLOAD_FAILED, 0, {"upload_url": OWN_URL}, STORAGE, True),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 60, {"lora_url": OWN_URL}, STORAGE, False),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, None, {"lora_url": OWN_URL}, STORAGE, False),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"lora_key": "a", "upload_url": OWN_URL}, STORAGE, False),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"lora_url": "https://x.example/a"}, STORAGE, False),
+        (ErrorCode.UPLOAD_FAILED, 0, {"lora_url": OWN_URL}, STORAGE, False),
+        (ErrorCode.TIMEOUT, 0, {"lora_url": OWN_URL}, STORAGE, False),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"lora_url": OWN_URL}, None, False),
+        (ErrorCode.LORA_DOWNLOAD_FAILED, 0, {"steps": 3}, STORAGE, False),
+    ],
+)
+def test_only_an_expired_url_into_the_own_bucket_is_worth_signing_again(
+    code: ErrorCode, retry_after: int | None, fields: dict[str, Any], storage: PresignedUrls | None, own: bool
+) -> None:
+    failed = event_kit.failed("j")
+    data = failed.data.model_copy(update={"error_code": code, "retry_after": retry_after})
+    payload = json.dumps({"job_id": "j", "prompt": "a fox", **fields}).encode()
+    assert own_url_expired(failed.model_copy(update={"data": data}), payload, storage) is own

@@ -10,9 +10,10 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras, StockEngine
-from consumer.lora.shapes import ModelShapes, lora_modules
+from consumer.lora.shapes import lora_modules
 from consumer.pipeline import Pixels, noise, seeded
 from demo import loras
+from schemas.lora.shapes import ModelShapes
 from schemas.requests import GenerationRequest, LoraRef
 
 pytestmark = [

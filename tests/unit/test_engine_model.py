@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from consumer.lora.shapes import ModelShapes
 from demo import loras, tiny_sdxl
+from schemas.lora.shapes import ModelShapes
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ def every_key(keys: Keys) -> dict[str, str]:
         "{sdxl}:job:j-1": keys.job("j-1"),
         "{sdxl}:cancel:j-1": keys.cancel("j-1"),
         "{sdxl}:progress:j-1": keys.progress("j-1"),
+        "{sdxl}:waiters:j-1": keys.waiters("j-1"),
         "{sdxl}:consumers": keys.consumers,
         "{sdxl}:consumers:gpu-1": keys.consumer("gpu-1"),
         "{sdxl}:counters": keys.counters,

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consumer.errors import LoraInvalid
-from consumer.lora.adapter_config import METADATA_KEY
 from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
-from consumer.lora.shapes import ModelShapes
 from demo import loras
+from schemas.lora.adapter_config import METADATA_KEY
+from schemas.lora.shapes import ModelShapes
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K2 = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

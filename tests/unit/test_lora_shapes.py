@@ -1,25 +1,17 @@
 """Module names of the real SDXL architecture, on the meta device."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from consumer.lora.shapes import ModelShapes
+from schemas.lora.sdxl_base import sdxl_base as sdxl_base_table
+from schemas.lora.shapes import ModelShapes
 from tests import sdxl_base
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> ModelShapes:
-    with torch.device("meta"):
-        return ModelShapes.of(
-            SimpleNamespace(
-                unet=sdxl_base.unet(),
-                text_encoder=sdxl_base.text_encoder(),
-                text_encoder_2=sdxl_base.text_encoder_2(),
-            )
-        )
+    return sdxl_base.shapes()
 
 
 def unet_modules(shapes: ModelShapes) -> list[str]:
@@ -109,3 +101,13 @@ def test_both_text_encoders_are_whole(sdxl: ModelShapes) -> None:
     assert len([name for name in sdxl.weights if name.startswith("text_encoder_2.")]) == 32 * 6 + 1
     assert sdxl.names["lora_te2_text_projection"] == "text_encoder_2.text_projection"
     assert sdxl.weights["text_encoder_2.text_projection"] == (1280, 1280)
+
+
+def test_the_table_that_is_looked_at_without_torch_is_the_architecture(sdxl: ModelShapes) -> None:
+    def plain(shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+        # transformers 5 has dropped this part of the first encoder's names
+        return {name.replace(".text_model.", "."): shape for name, shape in shapes.weights.items()}
+
+    assert plain(sdxl_base_table()) == plain(sdxl)
+    assert sdxl_base_table().names.keys() == sdxl.names.keys()
+    assert sdxl_base_table().cross_attention_dim == sdxl.cross_attention_dim

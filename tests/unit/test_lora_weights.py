@@ -13,9 +13,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from consumer.lora.deltas import Delta, ParsedLora
 from consumer.lora.formats import parse
-from consumer.lora.shapes import ModelShapes, lora_modules
+from consumer.lora.shapes import lora_modules
 from consumer.lora.weights import PatchableWeights
 from demo import loras
+from schemas.lora.shapes import ModelShapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import modal
 import pytest
+from fastapi.testclient import TestClient
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,16 @@ def test_missing_drains_are_spawned_every_minute_by_one_function_at_a_time(regis
     assert isinstance(options["schedule"], modal.Period)
     assert options["max_containers"] == 1
     assert "gpu" not in options
+
+
+def test_the_web_endpoint_is_the_gateway_and_lets_nobody_in_without_a_token(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MODAL_API_TOKEN", raising=False)
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    with TestClient(registered.module.web.local()) as client:
+        assert client.get("/health").status_code == 503
+        assert client.post("/generate-image", json={"prompt": "a red fox"}).status_code == 401
 
 
 def test_the_project_is_the_one_that_is_pinned(registered: Registered) -> None:

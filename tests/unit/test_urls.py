@@ -220,6 +220,55 @@ def test_an_empty_list_refuses_everything_and_says_so() -> None:
     assert "allow-list is empty" in refusal(HostRules.parse(" , ", default=OWN), f"https://{HOST}/loras/a")
 
 
+ANY_PUBLIC = HostRules(any_public=True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.example.com/sdxl",
+        "https://hooks.example.com",
+        "https://hooks.example.com/",
+        "https://HOOKS.example.com:443/deep/er?a=b",
+        "https://8.8.8.8/hook",
+        "https://[2606:4700::1111]/hook",
+    ],
+)
+def test_where_any_public_host_will_do_https_to_it_is_allowed(url: str) -> None:
+    ANY_PUBLIC.check(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hooks.example.com/sdxl",
+        "https://hooks.example.com:8443/sdxl",
+        "https://hooks.example.com:80/sdxl",
+        "https://user@hooks.example.com/sdxl",
+        "https://hooks.example.com/a/../b",
+        "https://127.0.0.1/hook",
+        "https://[::1]/hook",
+        "https://2130706433/hook",
+        "https://169.254.169.254/latest/meta-data",
+        "ftp://hooks.example.com/sdxl",
+        "",
+    ],
+)
+def test_where_any_public_host_will_do_nothing_else_is_allowed(url: str) -> None:
+    refusal(ANY_PUBLIC, url)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/hook", "http://localhost/hook", "https://127.0.0.1/hook"])
+def test_a_loopback_host_that_is_not_listed_is_never_any_public_host(url: str) -> None:
+    refusal(HostRules(any_public=True, allow_loopback=True), url)
+
+
+def test_a_rule_without_a_bucket_covers_the_whole_host() -> None:
+    rules = HostRules.parse(HOST, default=HostRules())
+    for path in ("", "/", "/a", "/a/b"):
+        rules.check(f"https://{HOST}{path}")
+
+
 def test_without_a_list_of_its_own_a_purpose_has_the_default() -> None:
     assert HostRules.parse(None, default=LOOPBACK) is LOOPBACK
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from consumer.errors import LoraInvalid
-from consumer.lora.header import shown
+from schemas.lora.errors import LoraUnusable
+from schemas.lora.header import shown
 
 # PEFT: lora_A, lora_B, with the adapter's name or without; kohya: lora_down, lora_up; diffusers before PEFT: the rest.
 _PART = re.compile(
@@ -51,7 +51,7 @@ class Parts:
 def group_parts(names: Iterable[str]) -> dict[str, Parts]:
     """The tensors of a LoRA file by the module they name, in the words of `ModelShapes.names`.
 
-    Raises LoraInvalid for a file that holds anything else, and says by name what it is where it can tell.
+    Raises LoraUnusable for a file that holds anything else, and says by name what it is where it can tell.
     """
     names = list(names)
     _refuse_other_models(names)
@@ -66,11 +66,17 @@ def group_parts(names: Iterable[str]) -> dict[str, Parts]:
         part = "down" if match["down"] else "up" if match["up"] else "alpha"
         parts = modules.setdefault(_module(match["module"]), Parts())
         if getattr(parts, part) is not None:
-            raise LoraInvalid(f"Two tensors of the file are the same part of one LoRA: '{shown(name)}' is the second.")
+            raise LoraUnusable(f"Two tensors of the file are the same part of one LoRA: '{shown(name)}' is the second.")
         setattr(parts, part, name)
     if unknown:
         _refuse_unknown(unknown, any_lora=bool(modules))
     return modules
+
+
+def is_down(name: str) -> bool:
+    """Whether a tensor is the down half of a delta, [rank, inputs, ...]."""
+    match = _PART.fullmatch(name)
+    return match is not None and match["down"] is not None
 
 
 def _module(name: str) -> str:
@@ -86,7 +92,7 @@ def _module(name: str) -> str:
 def _refuse_other_models(names: list[str]) -> None:
     for pattern, model in _OTHER_MODELS:
         if found := next(filter(pattern.search, names), None):
-            raise LoraInvalid(
+            raise LoraUnusable(
                 f"The LoRA is for {model}, not for SDXL.", details={"looks_like": model, "tensor": shown(found)}
             )
 
@@ -94,7 +100,7 @@ def _refuse_other_models(names: list[str]) -> None:
 def _refuse_other_kinds(names: list[str]) -> None:
     for pattern, kind in _UNSUPPORTED_KINDS:
         if found := next(filter(pattern.search, names), None):
-            raise LoraInvalid(
+            raise LoraUnusable(
                 f"The adapter is of a kind that is not supported: {kind}.",
                 details={"kind": kind, "tensor": shown(found)},
             )
@@ -103,6 +109,6 @@ def _refuse_other_kinds(names: list[str]) -> None:
 def _refuse_unknown(unknown: list[str], *, any_lora: bool) -> None:
     examples = [shown(name) for name in unknown[:3]]
     if not any_lora and any(map(_CHECKPOINT.match, unknown)):
-        raise LoraInvalid("The file is a full checkpoint, not a LoRA.", details={"tensors": [*examples]})
+        raise LoraUnusable("The file is a full checkpoint, not a LoRA.", details={"tensors": [*examples]})
     problem = "has tensors that belong to no kind of LoRA" if any_lora else "has no LoRA tensors"
-    raise LoraInvalid(f"The file {problem}: {', '.join(examples)}.", details={"tensors": [*examples]})
+    raise LoraUnusable(f"The file {problem}: {', '.join(examples)}.", details={"tensors": [*examples]})

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from consumer.errors import LoraInvalid
 from schemas import strict_json
+from schemas.lora.errors import LoraUnusable
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_TENSORS = 20_000
@@ -40,49 +37,38 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: tensors by name, and the free-text metadata."""
+    """A checked header: tensors by name, and the free-text metadata. `data_start`: offset in bytes of what follows."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    data_start: int
 
 
 def read_header(path: Path) -> Header:
     """Reads and checks a file's header.
 
-    Raises LoraInvalid unless every byte of the file is accounted for, and OSError where it cannot be read.
+    Raises LoraUnusable unless every byte of the file is accounted for, and OSError where it cannot be read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
-            raise _not_safetensors("it is shorter than 8 bytes")
+            raise not_safetensors("it is shorter than 8 bytes")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES:
-            raise _not_safetensors(f"its header is longer than {MAX_HEADER_BYTES} bytes")
+            raise not_safetensors(f"its header is longer than {MAX_HEADER_BYTES} bytes")
         if length > size - _LENGTH_BYTES:
-            raise _not_safetensors("its header ends beyond the file")
+            raise not_safetensors("its header ends beyond the file")
         raw = file.read(length)
     entries = _parse(raw)
     metadata = _check_metadata(entries.pop("__metadata__", {}))
     if not entries:
-        raise _not_safetensors("it has no tensors")
+        raise not_safetensors("it has no tensors")
     if len(entries) > MAX_TENSORS:
-        raise _not_safetensors(f"it has more than {MAX_TENSORS} tensors")
+        raise not_safetensors(f"it has more than {MAX_TENSORS} tensors")
     tensors = {name: _check_tensor(name, entry) for name, entry in entries.items()}
     _check_layout(tensors.values(), size - _LENGTH_BYTES - length)
-    return Header(tensors, metadata)
-
-
-def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, copied out of the file.
-
-    Raises LoraInvalid where the format's own reader refuses the file.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name).clone() for name in names}
-    except (SafetensorError, ValueError) as error:
-        raise _not_safetensors(f"its reader refuses it ({type(error).__name__})") from None
+    return Header(tensors, metadata, _LENGTH_BYTES + length)
 
 
 def shown(name: str) -> str:
@@ -90,41 +76,42 @@ def shown(name: str) -> str:
     return ascii(name)[1:-1][:120]
 
 
-def _not_safetensors(problem: str) -> LoraInvalid:
-    return LoraInvalid(f"The file is not a valid safetensors file: {problem}.")
+def not_safetensors(problem: str) -> LoraUnusable:
+    """What every broken container is refused with."""
+    return LoraUnusable(f"The file is not a valid safetensors file: {problem}.")
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         entries = strict_json.loads(raw)
     except strict_json.StrictJsonError as error:
-        raise _not_safetensors(f"its header is broken ({error})") from None
+        raise not_safetensors(f"its header is broken ({error})") from None
     if not isinstance(entries, dict) or not raw.startswith(b"{"):
-        raise _not_safetensors("its header is not a JSON object")
+        raise not_safetensors("its header is not a JSON object")
     return entries
 
 
 def _check_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _not_safetensors("its metadata are not strings")
+        raise not_safetensors("its metadata are not strings")
     return metadata
 
 
 def _check_tensor(name: str, entry: Any) -> TensorInfo:
     if not name or not name.isprintable() or "/" in name or "\\" in name or ".." in name:
-        raise _not_safetensors("a tensor's name is empty, a path, or has control characters")
+        raise not_safetensors("a tensor's name is empty, a path, or has control characters")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _not_safetensors(f"the tensor '{shown(name)}' is not described by dtype, shape and data_offsets")
+        raise not_safetensors(f"the tensor '{shown(name)}' is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise _not_safetensors(f"the tensor '{shown(name)}' has an unknown dtype")
+        raise not_safetensors(f"the tensor '{shown(name)}' has an unknown dtype")
     if not _are_naturals(shape) or len(shape) > MAX_DIMENSIONS or 0 in shape:
-        raise _not_safetensors(f"the tensor '{shown(name)}' has no shape of 0 to {MAX_DIMENSIONS} positive integers")
+        raise not_safetensors(f"the tensor '{shown(name)}' has no shape of 0 to {MAX_DIMENSIONS} positive integers")
     if not _are_naturals(offsets) or len(offsets) != 2:
-        raise _not_safetensors(f"the tensor '{shown(name)}' has no two offsets")
+        raise not_safetensors(f"the tensor '{shown(name)}' has no two offsets")
     start, end = offsets
     if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise _not_safetensors(f"the tensor '{shown(name)}' has not as many bytes as its shape needs")
+        raise not_safetensors(f"the tensor '{shown(name)}' has not as many bytes as its shape needs")
     return TensorInfo(dtype, tuple(shape), start, end)
 
 
@@ -136,7 +123,7 @@ def _check_layout(tensors: Iterable[TensorInfo], data_bytes: int) -> None:
     position = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.start):
         if tensor.start != position:
-            raise _not_safetensors("its tensors overlap or leave holes")
+            raise not_safetensors("its tensors overlap or leave holes")
         position = tensor.end
     if position != data_bytes:
-        raise _not_safetensors("its tensors do not end where the file ends")
+        raise not_safetensors("its tensors do not end where the file ends")

@@ -1,9 +1,8 @@
-"""The listener's tables on SQLite: each event once, jobs that only move forward, nothing secret."""
+"""The listener's tables on SQLite and PostgreSQL: each event once, jobs that only move forward, nothing secret."""
 
 import itertools
 import json
-import sqlite3
-from collections.abc import Iterator
+import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,63 +10,30 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import make_url
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 
 from producer.completions import decode_completion
+from producer.database import open_engine
 from producer.queue import StreamEntry
-from producer.store import DatabaseRefused, Store
-from producer.tables import METADATA
+from producer.store import Store
 from schemas.events import Event, SucceededEvent
 from schemas.keys import JobState
 from tests.event_kit import NOW, cancelled, completion, failed, raw_completion, retrying, started, succeeded
+from tests.integration.store_kit import everything, execute, rows, save
 
 CANARY = "c0ffee5ec2e7"
-QUERIES = {
-    "events": "SELECT * FROM events ORDER BY 1",
-    "jobs": "SELECT * FROM jobs ORDER BY 1",
-    "images": "SELECT * FROM images ORDER BY 1",
-}
 SIGNED = f"https://bucket.example/lora.safetensors?X-Amz-Credential=id&X-Amz-Signature={CANARY}"
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def store(file: Path) -> Iterator[Store]:
-    opened = open_store(file)
-    yield opened
-    opened.close()
-
-
-def open_store(file: Path) -> Store:
-    opened = Store(f"sqlite:///{file}")
-    opened.create_tables()
-    return opened
-
-
-def save(store: Store, *events: Event) -> list[bool]:
-    return store.save([completion(event) for event in events])
-
-
-def rows(file: Path, table: str) -> list[dict[str, object]]:
-    connection = sqlite3.connect(file)
-    connection.row_factory = sqlite3.Row
-    found = [dict(row) for row in connection.execute(QUERIES[table])]
-    connection.close()
-    return found
-
-
-def test_an_event_is_stored_with_its_own_bytes_even_what_this_reader_does_not_know(store: Store, file: Path) -> None:
+def test_an_event_is_stored_with_its_own_bytes_even_what_this_reader_does_not_know(
+    store: Store, engine: Engine
+) -> None:
     body = json.loads(started().encode())
     body["data"]["from_the_future"] = 1
     payload = json.dumps(body, indent=1).encode()
     assert store.save([raw_completion(payload)]) == [True]
-    [row] = rows(file, "events")
+    [row] = rows(engine, "events")
     assert row["payload"] == payload.decode()
     assert (row["event_id"], row["job_id"], row["run"], row["type"]) == (
         "job-1:1:started:1",
@@ -77,39 +43,15 @@ def test_an_event_is_stored_with_its_own_bytes_even_what_this_reader_does_not_kn
     )
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        (f"mysql://u:{CANARY}@host/x", "neither SQLite nor PostgreSQL"),
-        (f"mysql+nosuch://u:{CANARY}@host/x", "neither SQLite nor PostgreSQL"),
-        (f"{CANARY}://host/x", "neither SQLite nor PostgreSQL"),
-        (f"postgresql+{CANARY}://host/x", "not the URL of a database"),
-        (f"postgresql://host:{CANARY}/x", "not the URL of a database"),
-        (f"sqlite:///x.db?timeout={CANARY}", "not the URL of a database"),
-        (f"sqlite:///x.db?timeout={CANARY}&timeout=2", "not the URL of a database"),
-        (CANARY, "not the URL of a database"),
-        ("postgresql+pg8000://host/x", "its driver is not installed: pg8000"),
-    ],
-)
-def test_a_database_that_cannot_serve_is_refused_before_anything_is_stored(url: str, said: str) -> None:
-    with pytest.raises(DatabaseRefused) as caught:
-        Store(url)
-    assert str(caught.value) == said
-
-
-def test_a_duplicate_changes_nothing(store: Store, file: Path) -> None:
+def test_a_duplicate_changes_nothing(store: Store, engine: Engine) -> None:
     assert save(store, succeeded()) == [True]
-    before = rows(file, "jobs"), rows(file, "images"), rows(file, "events")
+    before = rows(engine, "jobs"), rows(engine, "images"), rows(engine, "events")
     assert save(store, succeeded(image_url="https://elsewhere.example/x.png")) == [False]
-    assert (rows(file, "jobs"), rows(file, "images"), rows(file, "events")) == before
+    assert (rows(engine, "jobs"), rows(engine, "images"), rows(engine, "events")) == before
 
 
 def test_of_two_equal_events_in_one_batch_the_first_is_new(store: Store) -> None:
     assert save(store, started(), failed(), failed(), started()) == [True, True, False, False]
-
-
-def test_an_empty_batch_touches_no_database(tmp_path: Path) -> None:
-    assert Store(f"sqlite:///{tmp_path}/missing/store.db").save([]) == []
 
 
 def test_a_job_nothing_is_stored_of_is_none(store: Store) -> None:
@@ -208,35 +150,40 @@ _LIFE: list[Event] = [
 ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_names = itertools.count()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(_LIFE), again=st.lists(st.sampled_from(_LIFE)), cut=st.integers(0, 6), extra=st.booleans())
 def test_in_any_order_cut_into_any_batches_the_furthest_event_wins(
-    tmp_path_factory: pytest.TempPathFactory, order: list[Event], again: list[Event], cut: int, extra: bool
+    store: Store, order: list[Event], again: list[Event], cut: int, extra: bool
 ) -> None:
-    opened = open_store(tmp_path_factory.mktemp("store") / "store.db")
-    stream = [*order, *again] if extra else order
-    new = save(opened, *stream[:cut]) + save(opened, *stream[cut:])
-    job = opened.job("job-1")
-    opened.close()
+    job_id = f"any-{next(_names)}"
+    stream = [_renamed(event, job_id) for event in ([*order, *again] if extra else order)]
+    new = save(store, *stream[:cut]) + save(store, *stream[cut:])
+    job = store.job(job_id)
     assert sum(new) == len(_LIFE)
     assert job is not None
     assert (job.run, job.state, job.attempt, job.error) == (2, JobState.DELAYED, 1, "again")
 
 
-def test_every_pair_of_events_ends_alike_in_both_orders(file: Path, store: Store) -> None:
+def test_every_pair_of_events_ends_alike_in_both_orders(store: Store) -> None:
     kinds = [*_LIFE, cancelled(run=1, attempt=0), succeeded(run=2)]
     for number, (first, second) in enumerate(itertools.combinations(kinds, 2)):
         if {first.id, second.id} == {"job-1:1:failed", "job-1:1:cancelled"}:
             continue  # one run has one terminal event
         ends = []
-        for order in ("there", "back"):
+        for order in ("there", "back", "together"):
             pair = [_renamed(event, f"{order}-{number}") for event in (first, second)]
-            for event in pair if order == "there" else reversed(pair):
-                save(store, event)
+            if order == "together":
+                save(store, *pair)
+            else:
+                for event in pair if order == "there" else reversed(pair):
+                    save(store, event)
             job = store.job(f"{order}-{number}")
             assert job is not None
             ends.append((job.run, job.state, job.attempt, job.error, job.updated_at))
-        assert ends[0] == ends[1], (first.id, second.id)
+        assert ends[0] == ends[1] == ends[2], (first.id, second.id)
 
 
 def _renamed(event: Event, job_id: str) -> Event:
@@ -244,56 +191,15 @@ def _renamed(event: Event, job_id: str) -> Event:
     return event.model_copy(update={"id": event.id.replace("job-1", job_id), "data": data})
 
 
-def test_a_batch_is_one_transaction(store: Store, file: Path) -> None:
-    connection = sqlite3.connect(file)
-    connection.execute("DROP TABLE images")
-    connection.close()
-    with pytest.raises(OperationalError):
-        save(store, started(), succeeded())
-    assert rows(file, "events") == []
-    assert rows(file, "jobs") == []
-    store.create_tables()
-    assert save(store, started(), succeeded()) == [True, True]
-
-
-def test_two_listeners_write_one_file_without_a_lock_error(file: Path, store: Store) -> None:
-    other = open_store(file)
-    batches = [[completion(failed(f"job-{i}-{j}")) for j in range(10)] for i in range(20)]
-    with ThreadPoolExecutor(4) as pool:
-        new = [*pool.map(store.save, batches), *pool.map(other.save, batches)]
-    other.close()
-    assert sum(map(sum, new)) == 200
-    assert len(rows(file, "jobs")) == 200
-
-
-def test_many_listeners_may_start_on_an_empty_database_at_once(file: Path) -> None:
-    for _ in range(5):
-        with ThreadPoolExecutor(8) as pool:
-            opened = list(pool.map(open_store, [file] * 8))
-        assert rows(file, "jobs") == []
-        for store in opened:
-            store.close()
-        file.unlink()
-
-
-def test_readers_do_not_wait_for_a_writer(file: Path, store: Store) -> None:
-    save(store, failed())
-    writer = sqlite3.connect(file)
-    writer.execute("BEGIN EXCLUSIVE")
-    writer.execute("DELETE FROM jobs")
-    assert store.job("job-1") is not None  # what was committed, from the write-ahead log
-    writer.close()
-
-
-def test_an_undecodable_completion_is_kept_once_and_makes_no_job(store: Store, file: Path) -> None:
+def test_an_undecodable_completion_is_kept_once_and_makes_no_job(store: Store, engine: Engine) -> None:
     broken = decode_completion(StreamEntry("1767323045678-3", {b"payload": b"\xff\x00{" + SIGNED.encode()}))
     assert store.save([broken, completion(started())]) == [True, True]
     assert store.save([broken]) == [False]
-    [row] = [row for row in rows(file, "events") if row["type"] == "undecodable"]
+    [row] = [row for row in rows(engine, "events") if row["type"] == "undecodable"]
     assert (row["event_id"], row["job_id"], row["run"]) == ("undecodable:1767323045678-3", None, None)
     assert row["payload"] == "\\xff{https://bucket.example/lora.safetensors"
     assert str(row["timestamp"]).startswith("2026-01-02 03:04:05.678")
-    assert len(rows(file, "jobs")) == 1
+    assert len(rows(engine, "jobs")) == 1
 
 
 @pytest.mark.parametrize(
@@ -310,14 +216,16 @@ def test_an_undecodable_completion_is_kept_once_and_makes_no_job(store: Store, f
     ],
     ids=["bytes", "infinite", "run", "long job id", "job id", "no id", "long id", "time"],
 )
-def test_what_no_database_can_hold_is_undecodable_and_stored_as_such(store: Store, file: Path, broken: Event) -> None:
+def test_what_no_database_can_hold_is_undecodable_and_stored_as_such(
+    store: Store, engine: Engine, broken: Event
+) -> None:
     payload = broken.encode().replace(b'"0001-01-01T00:00:00.000Z"', b'"0001-01-01T00:00:00+05:00"')
     entry = raw_completion(payload.replace(b'"gpu_seconds":null', b'"gpu_seconds":Infinity'))
     assert entry.event is None
     assert entry.problem
     assert store.save([entry]) == [True]
-    assert rows(file, "jobs") == []
-    assert [row["type"] for row in rows(file, "events")] == ["undecodable"]
+    assert rows(engine, "jobs") == []
+    assert [row["type"] for row in rows(engine, "events")] == ["undecodable"]
 
 
 def test_a_nul_in_an_error_is_left_out_of_the_column(store: Store) -> None:
@@ -327,35 +235,124 @@ def test_a_nul_in_an_error_is_left_out_of_the_column(store: Store) -> None:
     assert job.error == "ab"
 
 
-def test_no_presigned_query_reaches_the_file(file: Path) -> None:
-    store = open_store(file)
-    save(store, retrying(error=f"403 for {SIGNED}"), failed(error=f"403 for {SIGNED}"), succeeded("job-2"))
-    store.save([raw_completion(b"not an event: " + SIGNED.encode())])
-    store.close()
-    kept = b"".join(path.read_bytes() for path in file.parent.iterdir())
-    assert b"https://bucket.example/lora.safetensors" in kept
-    assert CANARY.encode() not in kept
-
-
-def test_a_database_error_does_not_repeat_what_was_to_be_stored(store: Store, file: Path) -> None:
-    connection = sqlite3.connect(file)
-    connection.execute("DROP TABLE events")
-    connection.close()
-    with pytest.raises(OperationalError) as caught:
-        save(store, failed(error=CANARY))
-    assert CANARY not in str(caught.value)
-
-
-def test_the_tables_and_statements_exist_in_postgresql_too(store: Store) -> None:
-    dialect = make_url("postgresql://").get_dialect()()
-    ddl = "".join(str(CreateTable(table).compile(dialect=dialect)) for table in METADATA.sorted_tables)
-    assert "TIMESTAMP WITH TIME ZONE" in ddl
-    assert "DOUBLE PRECISION" in ddl
-
-
 def test_a_picture_uploaded_through_a_signed_url_has_no_key(store: Store) -> None:
     event: SucceededEvent = succeeded(image_key=None)
     save(store, event)
     image = store.image("job-1")
     assert image is not None
     assert image.key is None
+
+
+def test_a_batch_is_one_transaction(store: Store, engine: Engine) -> None:
+    urls = {succeeded().id: "https://backend.example/hook"}
+    execute(engine, "ALTER TABLE deliveries RENAME TO away")
+    with pytest.raises(DBAPIError):
+        save(store, started(), succeeded(), webhook_urls=urls)
+    execute(engine, "ALTER TABLE away RENAME TO deliveries")
+    assert not any(everything(engine).values())
+    assert save(store, started(), succeeded(), webhook_urls=urls) == [True, True]
+
+
+def test_a_database_error_does_not_repeat_what_was_to_be_stored(store: Store, engine: Engine) -> None:
+    execute(engine, "DROP TABLE events")
+    with pytest.raises(DBAPIError) as caught:
+        save(store, failed(error=CANARY))
+    assert CANARY not in str(caught.value)
+
+
+def test_listeners_that_store_the_same_events_in_other_orders_neither_wait_for_each_other_nor_double_them(
+    store: Store, database_url: str
+) -> None:
+    other = open_engine(database_url)
+    stores = [store, Store(other)]
+    events = [event for number in range(60) for event in (started(f"job-{number}"), succeeded(f"job-{number}"))]
+    urls = {event.id: "https://backend.example/hook" for event in events if isinstance(event, SucceededEvent)}
+
+    def store_all(seed: int) -> int:
+        mine = random.Random(seed).sample(events, len(events))
+        return sum(sum(save(stores[seed % 2], *mine[at : at + 24], webhook_urls=urls)) for at in range(0, 120, 24))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(store_all, range(4))) == len(events)
+    counts = {table: len(found) for table, found in everything(other).items()}
+    other.dispose()
+    assert counts == {"events": 120, "jobs": 60, "images": 60, "deliveries": 60, "disabled_endpoints": 0}
+
+
+def test_listeners_that_move_the_same_jobs_do_not_wait_for_each_other_for_ever(store: Store, engine: Engine) -> None:
+    job_ids = [f"job-{number}" for number in range(50)]
+
+    def move(attempt: int) -> list[bool]:
+        order = job_ids if attempt % 2 else job_ids[::-1]
+        return save(store, *(started(job_id, attempt=attempt) for job_id in order))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(all, pool.map(move, range(40))))
+    assert {row["attempt"] for row in rows(engine, "jobs")} == {39}
+
+
+def test_readers_do_not_wait_for_a_writer(store: Store, engine: Engine) -> None:
+    save(store, failed())
+    with engine.begin() as writer:
+        writer.exec_driver_sql("DELETE FROM jobs")
+        assert store.job("job-1") is not None  # what was committed
+
+
+def test_no_presigned_query_reaches_the_database(store: Store, engine: Engine, tmp_path: Path) -> None:
+    save(store, retrying(error=f"403 for {SIGNED}"), failed(error=f"403 for {SIGNED}"), succeeded("job-2"))
+    store.save([raw_completion(b"not an event: " + SIGNED.encode())])
+    kept = str(everything(engine)).encode()
+    engine.dispose()
+    kept += b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"https://bucket.example/lora.safetensors" in kept
+    assert CANARY.encode() not in kept
+
+
+def test_a_new_event_with_a_webhook_makes_one_pending_delivery_that_is_due_now(engine: Engine, store: Store) -> None:
+    store = Store(engine, now=lambda: NOW)
+    urls = {succeeded().id: "https://backend.example/hook"}
+    assert save(store, started(), succeeded(), failed("job-2"), succeeded(), webhook_urls=urls)
+    [row] = rows(engine, "deliveries")
+    assert row == {
+        "event_id": "job-1:1:succeeded",
+        "job_id": "job-1",
+        "url": "https://backend.example/hook",
+        "state": "pending",
+        "attempts": 0,
+        "due_at": NOW,
+        "status": None,
+        "error": None,
+        "created_at": NOW,
+        "ended_at": None,
+    }
+
+
+def test_an_event_that_comes_again_leaves_its_delivery_as_it_has_become(engine: Engine, store: Store) -> None:
+    urls = {failed().id: "https://backend.example/hook"}
+    save(store, failed(), webhook_urls=urls)
+    execute(engine, "UPDATE deliveries SET state = 'delivered', attempts = 3")
+    assert save(store, failed(), webhook_urls={failed().id: "https://elsewhere.example/hook"}) == [False]
+    [row] = rows(engine, "deliveries")
+    assert (row["state"], row["attempts"], row["url"]) == ("delivered", 3, "https://backend.example/hook")
+
+
+def test_an_event_that_was_stored_without_a_delivery_gets_none_later(engine: Engine, store: Store) -> None:
+    save(store, failed())
+    save(store, failed(), webhook_urls={failed().id: "https://backend.example/hook"})
+    assert rows(engine, "deliveries") == []
+
+
+def test_text_that_only_some_databases_take_is_stored_by_both(store: Store, engine: Engine) -> None:
+    event = failed(error="\0\ue000 é 😀 \x7f\r\n")
+    data = event.data.model_copy(update={"request_metadata": {"a\0b": ["\0", "😀", 1e300, 2**70, None]}})
+    save(store, event.model_copy(update={"data": data}))
+    job = store.job("job-1")
+    assert job is not None
+    assert job.error == "\ue000 é 😀 \x7f\r\n"
+    assert list(job.request_metadata) == ["a\0b"]
+
+
+def test_a_lone_surrogate_is_undecodable_and_blocks_nothing(store: Store, engine: Engine) -> None:
+    broken = raw_completion(failed(error="@").encode().replace(b'"@"', b'"\\ud800"'))
+    assert store.save([broken, completion(started("job-2"))]) == [True, True]
+    assert {row["type"] for row in rows(engine, "events")} == {"undecodable", "generation.started"}

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from consumer.errors import LoraInvalid
 from schemas import strict_json
+from schemas.lora.errors import LoraUnusable
 
 METADATA_KEY = "lora_adapter_metadata"
 
@@ -21,7 +21,7 @@ _LITERAL_PATTERN = re.compile(r"\^?(?P<path>[\w.]+)\$?")
 class AdapterConfig:
     """What the metadata say about scaling.
 
-    Raises LoraInvalid where they are broken or ask for what is not supported.
+    Raises LoraUnusable where they are broken or ask for what is not supported.
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
@@ -37,7 +37,7 @@ class AdapterConfig:
         """The `alpha` for which `alpha / rank` is PEFT's scaling of this module (`unet.conv_in`): `rank` if unsaid."""
         component, path = module.split(".", 1)
         if self._get(component, "use_dora"):
-            raise LoraInvalid("The adapter is of a kind that is not supported: DoRA.", details={"kind": "DoRA"})
+            raise LoraUnusable("The adapter is of a kind that is not supported: DoRA.", details={"kind": "DoRA"})
         alpha = self._get(component, "lora_alpha")
         for pattern, value in (self._get(component, "alpha_pattern") or {}).items():
             if _matches(pattern, path):
@@ -65,5 +65,5 @@ def _matches(pattern: str, path: str) -> bool:
     return f".text_model.{path}".endswith(f".{literal['path']}")
 
 
-def _broken(problem: str) -> LoraInvalid:
-    return LoraInvalid(f"The LoRA's own configuration is broken: {METADATA_KEY}: {problem}.")
+def _broken(problem: str) -> LoraUnusable:
+    return LoraUnusable(f"The LoRA's own configuration is broken: {METADATA_KEY}: {problem}.")
