@@ -17,8 +17,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## run a dozen requests end to end and write demo/gallery.html
 	@$(BIN)/python -m demo
 
-test: setup  ## run every test
-	$(BIN)/python -m pytest
+test: setup  ## run every test, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## style, types, import contracts, committed contract
 	$(BIN)/ruff check .

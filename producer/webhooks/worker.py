@@ -1,8 +1,10 @@
 """The RQ worker of webhooks, and the sweeper that brings RQ and our rows together again after crashes."""
 
 import logging
+import os
 import signal
 from collections.abc import Callable
+from types import FrameType
 
 import structlog
 from redis import RedisError
@@ -97,8 +99,15 @@ class WebhookWorker(Worker):
 
     def listen_to_signals(self) -> None:
         """From now on. RQ by itself does so only when its scheduler runs, which a signal before that would orphan."""
+        own_process = os.getpid()
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != own_process:
+                os._exit(0)  # a fork that RQ has not yet given its own handlers has done nothing yet either
+            self.request_stop(number, frame)
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+            signal.signal(number, stop)
 
     def handle_warm_shutdown_request(self) -> None:
         self.was_asked_to_stop = True

@@ -13,7 +13,7 @@ from producer.gateway import create_app
 from producer.settings import ProducerSettings
 from schemas.errors import ErrorCode
 from schemas.keys import Keys, Priority
-from tests.integration.client_kit import begun, until
+from tests.integration.client_kit import begun, blocked, until
 from tests.integration.gateway_kit import PROMPT, Painter, calling, state_of, waiters_of
 from tests.integration.queue_kit import entries
 
@@ -145,9 +145,12 @@ async def test_cancelling_says_what_it_found(http: httpx.AsyncClient, painter: P
     assert (await http.delete("/v1/jobs/order-2")).json()["verdict"] == "cancelled"
 
 
-async def test_a_job_is_followed_step_by_step_to_its_event(http: httpx.AsyncClient, painter: Painter) -> None:
+async def test_a_job_is_followed_step_by_step_to_its_event(
+    http: httpx.AsyncClient, painter: Painter, redis: Redis
+) -> None:
     await http.post("/v1/jobs", json=WIRE)
     following = begun(http.get("/v1/jobs/order-1/events"))
+    await blocked(redis)
     lease, delivery = await painter.run_one()
     for step in (1, 2):
         await painter.leases.progress(lease, step, 20, 0.5)
@@ -162,13 +165,14 @@ async def test_a_job_is_followed_step_by_step_to_its_event(http: httpx.AsyncClie
 
 
 async def test_a_follower_comes_back_behind_what_it_has_seen_and_not_again_after_the_end(
-    http: httpx.AsyncClient, painter: Painter
+    http: httpx.AsyncClient, painter: Painter, redis: Redis
 ) -> None:
     await http.post("/v1/jobs", json=WIRE)
     lease, delivery = await painter.run_one()
     for step in (1, 2, 3):
         await painter.leases.progress(lease, step, 20, 0.5)
     following = begun(http.get("/v1/jobs/order-1/events", headers={"Last-Event-ID": "1.2"}))
+    await blocked(redis)
     for step in (4, 5):
         await painter.leases.progress(lease, step, 20, 0.5)
     event = await painter.paint(lease, delivery)

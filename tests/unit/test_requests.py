@@ -389,7 +389,7 @@ def test_metadata_that_is_nested_deeper_than_a_payload_may_be_is_refused_in_pyth
         {"metadata": {"a": "\ud800"}},
         {"metadata": {"\ud800": 1}},
         {"metadata": {"a": float("inf")}},
-        {"metadata": {"a": object()}},
+        {"metadata": {"a": object}},
         {"expires_at": datetime(2026, 3, 1)},
         {"expires_at": datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))},
     ],
