@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import structlog
 from redis import RedisError
@@ -84,6 +85,8 @@ class WebhookWorker(Worker):
             log_job_description=False,
         )
         self.was_asked_to_stop = False
+        self._is_forking = False
+        self._early_signal: int | None = None
         self._engine = engine
         self._sweeper = Sweeper(queue, Deliveries(engine))
 
@@ -100,14 +103,28 @@ class WebhookWorker(Worker):
     def listen_to_signals(self) -> None:
         """From now on. RQ by itself does so only when its scheduler runs, which a signal before that would orphan."""
         own_process = os.getpid()
+        request_stop: Callable[..., None] = self.request_stop
 
         def stop(number: int, frame: FrameType | None) -> None:
             if os.getpid() != own_process:
                 os._exit(0)  # a fork that RQ has not yet given its own handlers has done nothing yet either
-            self.request_stop(number, frame)
+            if self._is_forking:
+                self._early_signal = number
+            else:
+                request_stop(number, frame)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+
+    def _start_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        # A signal's exception between the fork and the note of its pid would leave a scheduler that nobody ends.
+        start: Callable[..., None] = super()._start_scheduler
+        self._is_forking = True
+        start(*args, **kwargs)
+        self._is_forking = False
+        request_stop: Callable[..., None] = self.request_stop
+        if self._early_signal is not None:
+            request_stop(self._early_signal, None)
 
     def handle_warm_shutdown_request(self) -> None:
         self.was_asked_to_stop = True
