@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 _COUNT = 100
 _MAX_KEPT_BYTES = 64 * 1024
 _MAX_EVENT_ID = 200
+_MAX_WEBHOOK_URL = 2048  # an index of PostgreSQL takes little more
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def _undecodable(entry_id: str, raw: bytes, problem: str) -> Completion:
 
 def _check_storable(event: Event) -> None:
     """Refuses what fits the model and no database: it would fail at every attempt, and hold up all that follows."""
-    if not is_job_id(event.data.job_id) or not 0 < len(event.id) <= _MAX_EVENT_ID:
+    if not is_job_id(event.data.job_id) or not 0 < len(event.id) <= _MAX_EVENT_ID or "\0" in event.id:
         raise EventError("its ids are not of this contract")
     try:
         event.timestamp.astimezone(UTC)
@@ -102,9 +103,13 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _webhook_url(payload: bytes | None) -> str | None:
     try:
-        return decode_request(payload).redacted().webhook_url if payload else None
+        url = decode_request(payload).redacted().webhook_url if payload else None
     except RequestError:
         return None
+    if url is not None and len(url) > _MAX_WEBHOOK_URL:
+        log.warning("webhook.url_too_long", characters=len(url))
+        return None
+    return url
 
 
 class Completions:

@@ -12,7 +12,7 @@ import typer
 
 from producer.cli import output
 from producer.cli.command import AsJson, BadUsage, Status, checked_settings
-from producer.database import open_engine
+from producer.database import migrate, open_engine
 from producer.settings import ProducerSettings
 from producer.tables import PENDING
 from producer.webhooks.queue import WebhookQueue
@@ -153,6 +153,7 @@ def _settings() -> ProducerSettings:
 def _rows(settings: ProducerSettings) -> Iterator[Deliveries]:
     engine = open_engine(settings.database_url.get_secret_value())
     try:
+        migrate(engine)
         yield Deliveries(engine)
     finally:
         engine.dispose()

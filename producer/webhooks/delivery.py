@@ -36,6 +36,7 @@ _GONE = 410
 _BUSY = frozenset({429, 502, 503, 504})
 _CRASH_DELAY_S = 60.0  # until the last attempt is given up, should its outcome never be written
 _DATABASE_RETRY_S = 30.0
+_EARLY_S = 2.0  # RQ schedules in whole seconds, and clocks differ a little
 _UNBOUNDED = 2**31  # the rows count the attempts, not RQ
 _EVENT_ID = re.compile(r"[A-Za-z0-9_:-]{1,200}")  # of this contract; without a full stop, as the signature needs it
 
@@ -96,9 +97,12 @@ class Sender:
             log.warning("webhook.disabled")
             return None
         if delivery.attempts >= MAX_ATTEMPTS:
-            self._fail(delivery, _Answer(delivery.status, "nothing was heard of the last attempt"))
+            self._fail(delivery, _Answer(delivery.status, "nothing was heard of the last attempt"), delivery.attempts)
         if outgoing.body is None:
-            self._fail(delivery, _Answer(problem="its event is no longer kept"))
+            self._fail(delivery, _Answer(problem="its event is no longer kept"), delivery.attempts)
+        early_s = (delivery.due_at - self._now()).total_seconds()
+        if early_s > _EARLY_S:
+            return early_s
         delay_s = self._delay_s(delivery.attempts + 1)
         if not self._rows.begin(delivery, delay_s):
             return None
@@ -146,14 +150,14 @@ class Sender:
             log.warning("webhook.endpoint_disabled", attempt=attempt)
             return None
         if answer.is_final or attempt >= MAX_ATTEMPTS:
-            self._fail(delivery, answer)
+            self._fail(delivery, answer, attempt)
         delay_s = max(delay_s, answer.retry_after_s)
-        self._rows.postpone(event_id, delay_s, answer.status, answer.problem)
+        self._rows.postpone(event_id, attempt, delay_s, answer.status, answer.problem)
         log.warning("webhook.postponed", attempt=attempt, error=answer.problem, delay_s=round(delay_s))
         return delay_s
 
-    def _fail(self, delivery: Delivery, answer: _Answer) -> NoReturn:
-        self._rows.end(delivery.event_id, GAVE_UP, answer.status, answer.problem)
+    def _fail(self, delivery: Delivery, answer: _Answer, attempts: int) -> NoReturn:
+        self._rows.give_up(delivery.event_id, attempts, answer.status, answer.problem)
         log.error("webhook.failed", error=answer.problem)
         raise DeliveryFailed(answer.problem)
 

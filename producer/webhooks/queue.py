@@ -96,6 +96,7 @@ def _connect(url: str) -> Redis:
     try:
         redis = Redis.from_url(url)
         pool = redis.connection_pool
+        pool.connection_kwargs["decode_responses"] = False  # which other programs may like to have in the URL
         pool.connection_class(**pool.connection_kwargs)  # without a network: does it know the URL's options?
     except (ValueError, TypeError, AttributeError):
         raise ValueError("not the URL of a Redis: redis://, rediss:// or unix://, with known options") from None

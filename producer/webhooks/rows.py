@@ -9,7 +9,7 @@ from sqlalchemy import Connection, CursorResult, Engine, Select, delete, select,
 from sqlalchemy.dialects import postgresql, sqlite
 
 from producer.database import is_sqlite
-from producer.tables import DELIVERIES, DISABLED, DISABLED_ENDPOINTS, EVENTS, PENDING
+from producer.tables import DELIVERIES, DISABLED, DISABLED_ENDPOINTS, EVENTS, GAVE_UP, PENDING
 from schemas.net.http import utc_now
 
 _BATCH = 500  # ids in one statement
@@ -90,16 +90,23 @@ class Deliveries:
             )
         return _count(begun) == 1
 
-    def postpone(self, event_id: str, delay_s: float, status: int | None, error: str) -> None:
-        """A failed attempt: the next one is due in `delay_s` seconds."""
+    def postpone(self, event_id: str, attempt: int, delay_s: float, status: int | None, error: str) -> None:
+        """A failed attempt: the next one is due in `delay_s` seconds, unless somebody has revived the row meanwhile."""
         with self._engine.begin() as connection:
             due_at = self._now() + timedelta(seconds=delay_s)
-            connection.execute(_pending(event_id).values(due_at=due_at, status=status, error=error))
+            these = _pending(event_id).where(DELIVERIES.c.attempts == attempt)
+            connection.execute(these.values(due_at=due_at, status=status, error=error))
 
     def end(self, event_id: str, state: str, status: int | None, error: str | None) -> None:
-        """No further attempt: `state` is delivered, failed or disabled."""
+        """No further attempt: `state` is delivered or disabled."""
         with self._engine.begin() as connection:
             self._end(connection, event_id, state, status, error)
+
+    def give_up(self, event_id: str, attempts: int, status: int | None, error: str | None) -> None:
+        """No further attempt after so many, unless somebody has revived the row meanwhile."""
+        values = {"state": GAVE_UP, "status": status, "error": error, "ended_at": self._now()}
+        with self._engine.begin() as connection:
+            connection.execute(_pending(event_id).where(DELIVERIES.c.attempts == attempts).values(values))
 
     def end_with_endpoint(self, delivery: Delivery, status: int, reason: str) -> None:
         """The endpoint wants no more: it is disabled, and this delivery ends so."""

@@ -85,6 +85,7 @@ class WebhookWorker(Worker):
             log_job_description=False,
         )
         self.was_asked_to_stop = False
+        self.failure: Exception | None = None
         self._is_forking = False
         self._early_signal: int | None = None
         self._engine = engine
@@ -97,6 +98,11 @@ class WebhookWorker(Worker):
             self._sweeper.sweep()
         except SQLAlchemyError as error:
             log.warning("webhook.no_database", error=redact_value(error))
+        except StopRequested:
+            raise
+        except Exception as error:
+            self.failure = error  # RQ logs it, and ends as if nothing were wrong
+            raise
         finally:
             self._engine.dispose()  # a fork must not inherit a connection
 
@@ -128,6 +134,7 @@ class WebhookWorker(Worker):
 
     def handle_warm_shutdown_request(self) -> None:
         self.was_asked_to_stop = True
+        self._stop_requested = True  # should a library swallow the exception that RQ raises next
 
     def handle_exception(self, job: Job, *exc_info: object) -> None:
         if not isinstance(exc_info[1], delivery.DeliveryFailed):  # that one is in the log already
@@ -156,5 +163,7 @@ def work(queue: WebhookQueue, engine: Engine, *, burst: bool) -> None:
     except StopRequested:
         leave: Callable[[], None] = worker.teardown
         leave()
+    if worker.failure is not None:
+        raise worker.failure
     if not (burst or worker.was_asked_to_stop):
         raise RedisError("the worker lost it")

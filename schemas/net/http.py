@@ -150,7 +150,7 @@ def retry_after_s(value: str | None, now: datetime) -> float | None:
         return min(float(value), MAX_RETRY_AFTER_S)
     try:
         due = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if due.tzinfo is None:
         due = due.replace(tzinfo=UTC)

@@ -202,3 +202,15 @@ async def test_events_of_every_kind_in_one_batch_go_where_they_belong(
         ("job-1:1:failed", f"{HOOK}/1"),
     ]
     assert enqueued.batches == [["job-0:1:succeeded", "job-1:1:failed"]]
+
+
+async def test_a_url_that_no_index_takes_has_no_delivery_and_one_that_just_fits_has(
+    client: AsyncGenerationClient, ann: Ender, listener: Listener, enqueued: Enqueued
+) -> None:
+    longest = HOOK + "/" + "x" * (2047 - len(HOOK))
+    await client.submit(job_id="job-1", prompt="a fox", webhook_url=longest)
+    await client.submit(job_id="job-2", prompt="a fox", webhook_url=longest + "x")
+    await ann.succeed_next()
+    await ann.succeed_next()
+    await listener.catch_up()
+    assert enqueued.batches == [["job-1:1:succeeded"]]

@@ -212,6 +212,7 @@ def test_an_undecodable_completion_is_kept_once_and_makes_no_job(store: Store, e
         started(job_id="no/slashes"),
         started().model_copy(update={"id": ""}),
         started().model_copy(update={"id": "x" * 201}),
+        started().model_copy(update={"id": "a\0b"}),
         started().model_copy(update={"timestamp": datetime.min.replace(tzinfo=UTC)}),
     ],
     ids=["bytes", "infinite", "run", "long job id", "job id", "no id", "long id", "time"],

@@ -345,3 +345,10 @@ async def test_while_secrets_rotate_both_sign(bench: Bench) -> None:
     [seen] = bench.hooks
     for secret in (SECRET, older):
         assert verify(seen.body, seen.headers, secret) == EVENT
+
+
+async def test_a_job_that_comes_before_its_time_sends_nothing_and_is_told_when(bench: Bench) -> None:
+    event_id = bench.add()
+    bench.rows.postpone(event_id, 0, 3600, 503, "answered 503")
+    assert await bench.attempt(event_id) == 3600
+    assert (bench.hooks, bench.row(event_id).attempts) == ([], 0)

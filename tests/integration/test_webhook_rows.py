@@ -61,7 +61,8 @@ def test_what_has_ended_is_not_changed_by_attempts_that_come_late(bench: Bench, 
     ended = bench.row(event_id)
     bench.later(60)
     assert not bench.rows.begin(before, 5)
-    bench.rows.postpone(event_id, 5, 500, "late")
+    bench.rows.postpone(event_id, 0, 5, 500, "late")
+    bench.rows.give_up(event_id, 0, 500, "late")
     bench.rows.end(event_id, GAVE_UP if state == DELIVERED else DELIVERED, 500, "late")
     assert bench.row(event_id) == ended
 
@@ -69,8 +70,8 @@ def test_what_has_ended_is_not_changed_by_attempts_that_come_late(bench: Bench, 
 def test_what_is_overdue_is_pending_and_past_its_grace(bench: Bench) -> None:
     ids = [bench.add(event_kit.failed(f"job-{number}"), URL) for number in range(4)]
     bench.rows.end(ids[3], DELIVERED, 200, None)
-    bench.rows.postpone(ids[2], 100, 500, "no")
-    bench.rows.postpone(ids[0], 10, 500, "no")
+    bench.rows.postpone(ids[2], 0, 100, 500, "no")
+    bench.rows.postpone(ids[0], 0, 10, 500, "no")
     bench.later(41)
     assert bench.rows.overdue(30, 10) == [ids[1], ids[0]]
     assert bench.rows.overdue(30, 1) == [ids[1]]
@@ -100,6 +101,16 @@ def test_a_revived_delivery_is_as_new(bench: Bench) -> None:
     bench.rows.end(event_id, GAVE_UP, 500, "answered 500")
     assert bench.rows.revive([event_id, "nobody"]) == [event_id]
     assert bench.row(event_id) == as_new
+
+
+def test_an_attempt_that_was_under_way_says_nothing_of_a_revived_delivery(bench: Bench) -> None:
+    event_id = bench.add(url=URL)
+    before = bench.row(event_id)
+    assert bench.rows.begin(before, 60)
+    assert bench.rows.revive([event_id]) == [event_id]
+    bench.rows.postpone(event_id, 1, 3600, 500, "answered 500")
+    bench.rows.give_up(event_id, 1, 500, "answered 500")
+    assert (bench.row(event_id).state, bench.row(event_id).error) == (PENDING, None)
 
 
 def test_a_delivery_to_a_disabled_endpoint_is_not_revived(bench: Bench) -> None:
