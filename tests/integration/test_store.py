@@ -215,7 +215,7 @@ def test_an_undecodable_completion_is_kept_once_and_makes_no_job(store: Store, e
         started().model_copy(update={"id": "a\0b"}),
         started().model_copy(update={"timestamp": datetime.min.replace(tzinfo=UTC)}),
     ],
-    ids=["bytes", "infinite", "run", "long job id", "job id", "no id", "long id", "time"],
+    ids=["bytes", "infinite", "run", "long job id", "job id", "no id", "long id", "NUL", "time"],
 )
 def test_what_no_database_can_hold_is_undecodable_and_stored_as_such(
     store: Store, engine: Engine, broken: Event
