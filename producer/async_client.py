@@ -37,8 +37,8 @@ class AsyncGenerationClient:
     """One queue, as a backend sees it. Use it as an async context manager, in one event loop.
 
     `wake` is called after a submission that leaves a job queued; whatever it raises is logged only. `storage` signs
-    what is in the own bucket. Every method may raise redis.RedisError: doing it again is safe, with the same `job_id`
-    where there is one.
+    what is in the own bucket. `for_callers` is the gateway's: see `ProducerQueue`. Every method may raise
+    redis.RedisError: doing it again is safe, with the same `job_id` where there is one.
     """
 
     def __init__(
@@ -51,16 +51,19 @@ class AsyncGenerationClient:
         storage: PresignedUrls | None = None,
         wake: Wake | None = None,
         now: Callable[[], datetime] = _now,
+        for_callers: bool = False,
     ) -> None:
         self.storage = storage
         self._wake = wake
         self._now = now
         self._redis: Redis = connect(redis_url)
         self._connect_reader = partial(connect_for_blocking_reads, redis_url, block_s=BLOCK_S)
-        self.queue = ProducerQueue(self._redis, Keys(prefix), max_queue=max_queue, job_ttl_s=job_ttl_s)
+        self.queue = ProducerQueue(
+            self._redis, Keys(prefix), max_queue=max_queue, job_ttl_s=job_ttl_s, for_callers=for_callers
+        )
 
     @classmethod
-    def from_settings(cls, settings: ProducerSettings, *, wake: Wake | None = None) -> Self:
+    def from_settings(cls, settings: ProducerSettings, *, wake: Wake | None = None, for_callers: bool = False) -> Self:
         return cls(
             settings.redis_url.get_secret_value(),
             prefix=settings.prefix,
@@ -68,6 +71,7 @@ class AsyncGenerationClient:
             job_ttl_s=settings.job_ttl_s,
             storage=PresignedUrls.from_settings(settings),
             wake=wake,
+            for_callers=for_callers,
         )
 
     async def __aenter__(self) -> Self:

@@ -2,19 +2,19 @@
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING, Self
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Self
 
-from botocore.exceptions import BotoCoreError, ClientError
+import aiohttp
+from yarl import URL
 
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
 
-if TYPE_CHECKING:
-    from types_boto3_s3.client import S3Client
-
 _CONNECTIONS = 50
-_CONNECT_S = 5
-_READ_S = 20
+_WITHIN_S = 10.0
+_SIGNED_FOR_S = 60
 
 
 class PictureUnavailable(Exception):
@@ -22,28 +22,28 @@ class PictureUnavailable(Exception):
 
 
 class Pictures:
-    """Blocks nobody: boto3 works in a thread."""
+    """Blocks nobody, and a read that is cancelled ends: no thread waits for a storage that hangs."""
 
-    def __init__(self, client: "S3Client", bucket: str) -> None:
-        self._client = client
-        self._bucket = bucket
+    def __init__(self, session: aiohttp.ClientSession, storage: PresignedUrls) -> None:
+        self._session = session
+        self._storage = storage
 
     @classmethod
-    def from_settings(cls, settings: ProducerSettings) -> Self | None:
-        """None where the storage's settings are not complete: then nothing can be read."""
+    @asynccontextmanager
+    async def from_settings(cls, settings: ProducerSettings) -> AsyncIterator[Self | None]:
+        """None where the storage's settings are not complete: then nothing can be read. Raises ValueError."""
         storage = PresignedUrls.from_settings(settings)
         if storage is None:
-            return None
-        client = storage.client(
-            max_pool_connections=_CONNECTIONS,
-            connect_timeout=_CONNECT_S,
-            read_timeout=_READ_S,
-            retries={"mode": "standard", "total_max_attempts": 3},
-        )
-        return cls(client, storage.bucket)
-
-    def close(self) -> None:
-        self._client.close()
+            yield None
+            return
+        await asyncio.to_thread(storage.lora_url, "any")  # builds boto3's client, which takes its time
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(total=_WITHIN_S),
+        ) as session:
+            yield cls(session, storage)
 
     async def read(self, key: str, *, sha256: str) -> bytes:
         """The object's bytes, whose digest in hex is `sha256`.
@@ -51,18 +51,15 @@ class Pictures:
         Raises PictureUnavailable.
         """
         try:
-            png = await asyncio.to_thread(self._get, key)
-        except (BotoCoreError, ClientError, OSError) as error:
-            raise PictureUnavailable(f"the storage does not give the picture: {_reason(error)}") from None
+            png = await self._get(self._storage.lora_url(key, _SIGNED_FOR_S))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise PictureUnavailable(f"the storage does not give the picture: {type(error).__name__}") from None
         if hashlib.sha256(png).hexdigest() != sha256.lower():
             raise PictureUnavailable("the storage has another picture in its place")
         return png
 
-    def _get(self, key: str) -> bytes:
-        return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ClientError):
-        return str(error.response.get("Error", {}).get("Code", "ClientError"))
-    return type(error).__name__
+    async def _get(self, url: str) -> bytes:
+        async with self._session.get(URL(url, encoded=True), allow_redirects=False) as response:
+            if response.status != 200:
+                raise PictureUnavailable(f"the storage does not give the picture: HTTP {response.status}")
+            return await response.read()

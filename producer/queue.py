@@ -95,12 +95,18 @@ class StreamEntry(NamedTuple):
 
 
 class ProducerQueue:
-    """Submits, looks, cancels, waits. Every method may raise redis.RedisError; what it did is safe to do again."""
+    """Submits, looks, cancels, waits. Every method may raise redis.RedisError; what it did is safe to do again.
 
-    def __init__(self, redis: Redis, keys: Keys, *, max_queue: int, job_ttl_s: float) -> None:
+    `for_callers`: the runs that it submits are for those who wait for them, and are cancelled when the last one leaves.
+    """
+
+    def __init__(
+        self, redis: Redis, keys: Keys, *, max_queue: int, job_ttl_s: float, for_callers: bool = False
+    ) -> None:
         self._redis = redis
         self._keys = keys
         self._max_queue = max_queue
+        self._caller = "waits" if for_callers else ""
         self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
         self._submit = redis.register_script(scripts.SUBMIT)
         self._replay = redis.register_script(scripts.REPLAY)
@@ -133,15 +139,9 @@ class ProducerQueue:
     ) -> tuple[list[str], list[Any]]:
         """Keys and arguments of SUBMIT."""
         keys, job_id = self._keys, request.job_id
-        names = [
-            keys.job(job_id),
-            keys.requests(priority),
-            keys.delayed,
-            keys.cancel(job_id),
-            keys.progress(job_id),
-        ]
-        args = [job_id, run, request.encode(), request.fingerprint(), priority, self._max_queue, traceparent or ""]
-        return names + keys.request_streams, args
+        names = [keys.job(job_id), keys.requests(priority), keys.delayed, keys.cancel(job_id), keys.progress(job_id)]
+        args = [job_id, run, request.encode(), request.fingerprint(), priority, self._max_queue]
+        return names + keys.request_streams, [*args, traceparent or "", self._caller]
 
     async def job(self, job_id: str) -> JobRecord | None:
         """What is known of a job, None if nothing (never seen, or expired)."""

@@ -22,12 +22,14 @@ local function enqueue(job, stream, cancel, progress, run)
   if uploads then redis.call('HSET', job, 'uploads', uploads) end
   redis.call('HSET', job, 'state', 'queued', 'run', run.number, 'attempt', 0, 'priority', run.priority,
     'entry_id', entry_id, 'payload', run.payload, 'fingerprint', run.fingerprint, 'submitted_at', now_ms())
+  if run.caller and run.caller ~= '' then redis.call('HSET', job, 'caller', run.caller) end
 end
 """
 
 # Accepts a run, once. Its number is 1 for a new job, last + 1 for a run that follows a failed or cancelled one.
 # Answers {verdict, run, state}: accepted; same (this very run is there already); conflict (another body has this id);
 # refused (the last run does not allow this one); full (with the number of jobs that wait in place of a run).
+# `caller` is written with the run it belongs to: a second step could be lost, and the run would be nobody's.
 SUBMIT = (
     PRELUDE
     + _ENQUEUE
@@ -35,7 +37,7 @@ SUBMIT = (
 local job, stream, delayed, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local streams = {KEYS[6], KEYS[7], KEYS[8]}
 local run = {job_id = ARGV[1], number = tonumber(ARGV[2]), payload = ARGV[3], fingerprint = ARGV[4],
-  priority = ARGV[5], traceparent = ARGV[7]}
+  priority = ARGV[5], traceparent = ARGV[7], caller = ARGV[8]}
 local max_queue = tonumber(ARGV[6])
 local values = redis.call('HMGET', job, 'run', 'state', 'fingerprint')
 local last = {number = tonumber(values[1]), state = values[2], fingerprint = values[3]}

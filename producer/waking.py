@@ -18,6 +18,11 @@ async def wake_for(wake: Wake | None, outcomes: Iterable[Job | ProducerError]) -
     # A duplicate may be the answer to a submission whose reply was lost, before anybody was woken.
     if wake is None or not any(isinstance(job, Job) and job.state == JobState.QUEUED for job in outcomes):
         return
+    await wake_quietly(wake)
+
+
+async def wake_quietly(wake: Wake) -> None:
+    """Calls `wake`; whatever it raises is logged only."""
     try:
         await wake()
     except Exception as error:

@@ -15,6 +15,7 @@ from producer.gateway.errors import CLOSED_BY_CALLER, GatewayError, GatewayError
 from producer.gateway.openapi import ALWAYS, SUBMISSION, SYNCHRONOUS_BODY, WAITING
 from producer.gateway.state import Gateway, TheGateway
 from producer.gateway.tasks import stop
+from producer.gateway.waiters import Stay
 from producer.pictures import Pictures, PictureUnavailable
 from schemas.errors import ErrorCode
 from schemas.events import SucceededEvent
@@ -44,17 +45,15 @@ async def generate_image(gateway: TheGateway, request: Request, idempotency_key:
 
 
 async def _answer(gateway: Gateway, pictures: Pictures, wanted: GenerationRequest) -> Response:
-    async with gateway.waiters.waiting(wanted.job_id):
-        event = await _end_of(gateway, wanted)
+    async with gateway.waiters.waiting(wanted.job_id) as stay:
+        event = await _end_of(gateway, stay, wanted)
         return JSONResponse((await _picture(pictures, event)).model_dump(mode="json"))
 
 
-async def _end_of(gateway: Gateway, wanted: GenerationRequest) -> SucceededEvent:
+async def _end_of(gateway: Gateway, stay: Stay, wanted: GenerationRequest) -> SucceededEvent:
     """Waits for the run that answers the call; for the next one where another caller's leaving or limit ended it."""
     while True:
-        job = await admit(gateway.client, wanted, Priority.HIGH)  # somebody holds the line
-        if not job.duplicate:
-            await gateway.waiters.mark(job.job_id, job.run)
+        job = await stay.send(admit(gateway.for_callers, wanted, Priority.HIGH))  # somebody holds the line
         try:
             return await gateway.client.result(job.job_id, run=job.run)
         except JobUnknown:

@@ -2,9 +2,13 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 _AGAIN_S = 0.2
+_FINISH_S = 5.0
+
+T = TypeVar("T")
 
 
 async def stop(*tasks: asyncio.Task[Any]) -> None:
@@ -20,18 +24,21 @@ async def stop(*tasks: asyncio.Task[Any]) -> None:
 
 
 class Background:
-    """Tasks that outlive the call that started them, but not the application. They raise nothing."""
+    """Tasks that outlive the call that started them, but not the application."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def aclose(self) -> None:
-        """Waits until all of them are done."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        """Waits until all of them are done, for `_FINISH_S` seconds; what goes on for longer is stopped."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FINISH_S):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        await stop(*self._tasks)

@@ -2,9 +2,10 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import structlog
 from redis.asyncio import Redis
@@ -19,6 +20,8 @@ from schemas.lua import CLOCK, IS_TERMINAL
 HOLD_S = 30.0
 _LEAVE_WITHIN_S = 1.0
 
+T = TypeVar("T")
+
 log = structlog.get_logger(__name__)
 
 # Notes, or goes on noting, that somebody waits. All hold for equally long, so the latest one's end is the key's.
@@ -32,11 +35,6 @@ redis.call('ZADD', waiters, now + hold_ms, member)
 redis.call('PEXPIRE', waiters, hold_ms)
 """
 )
-
-# Notes that a synchronous call has made this run. The next run's hash begins without the note.
-_MARK = """
-if redis.call('HGET', KEYS[1], 'run') == ARGV[1] then redis.call('HSET', KEYS[1], 'caller', 'waits') end
-"""
 
 # Answers the run that nobody waits for any more, having asked to cancel it; 0 where somebody does, where no synchronous
 # call has made it, or where it has ended.
@@ -57,6 +55,24 @@ return tonumber(values[1])
 )
 
 
+class Stay:
+    """One wait for a job. What is sent for it is seen through: it must not reach Redis after the leaving."""
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+        self._sent: asyncio.Task[Any] | None = None
+
+    async def send(self, step: Coroutine[Any, Any, T]) -> T:
+        """Awaits the step, which goes on where whoever awaits it is cancelled."""
+        self._sent = task = self._background.start(step)
+        return await asyncio.shield(task)
+
+    async def settled(self) -> None:
+        """Waits for a step that is under way, whatever comes of it."""
+        if self._sent is not None:
+            await asyncio.wait({self._sent})
+
+
 class Waiters:
     """Every waiter is noted for `hold_s` seconds at a time: what a gateway that was killed has noted soon lapses.
 
@@ -72,25 +88,20 @@ class Waiters:
         self._background = background
         self._hold_s = hold_s
         self._join = redis.register_script(_JOIN)
-        self._mark = redis.register_script(_MARK)
         self._leave = redis.register_script(_LEAVE)
 
     @asynccontextmanager
-    async def waiting(self, job_id: str) -> AsyncIterator[None]:
-        """Waits for the job, which need not be there yet, until the block ends."""
-        member = uuid.uuid4().hex
-        await self._note(job_id, member)
+    async def waiting(self, job_id: str) -> AsyncIterator[Stay]:
+        """Waits for the job, which need not be there yet, until the block ends and what it has sent is through."""
+        member, stay = uuid.uuid4().hex, Stay(self._background)
         renewing = asyncio.create_task(self._go_on_noting(job_id, member))
         try:
-            yield
+            await stay.send(self._note(job_id, member))
+            yield stay
         finally:
             # a task, since whoever waited may be cancelled again, and a caller is not kept waiting by an outage
-            leaving = self._background.start(self._go(job_id, member, renewing))
+            leaving = self._background.start(self._go(job_id, member, stay, renewing))
             await asyncio.wait({leaving}, timeout=_LEAVE_WITHIN_S)
-
-    async def mark(self, job_id: str, run: int) -> None:
-        """Notes that a synchronous call has made this run: it is for those who wait."""
-        await self._mark(keys=[self._keys.job(job_id)], args=[run])
 
     async def has_been_left(self, job_id: str, run: int) -> bool:
         """Whether this run was cancelled because nobody waited for it."""
@@ -108,8 +119,9 @@ class Waiters:
             except RedisError:
                 continue  # whoever waits tells of it
 
-    async def _go(self, job_id: str, member: str, renewing: asyncio.Task[None]) -> None:
+    async def _go(self, job_id: str, member: str, stay: Stay, renewing: asyncio.Task[None]) -> None:
         keys = self._keys
+        await stay.settled()
         await stop(renewing)
         try:
             run = int(

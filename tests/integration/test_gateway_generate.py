@@ -200,7 +200,7 @@ async def test_a_picture_that_cannot_be_read_is_502_and_can_be_asked_for_again(
     answer = await http.post("/generate-image", json=PROMPT, headers=key)
     client.close()
     assert (answer.status_code, answer.headers["Retry-After"]) == (502, "5")
-    assert "NoSuchKey" in answer.json()["error"]
+    assert "HTTP 404" in answer.json()["error"]
     assert answer.json()["job_id"] == "lost-1"
 
 

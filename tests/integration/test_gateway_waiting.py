@@ -113,6 +113,58 @@ async def _exists(redis: Redis, key: str) -> bool:
     return bool(await redis.exists(key))
 
 
+async def test_a_wake_that_hangs_keeps_no_call_that_ends_from_cancelling_its_job(
+    gateway_env: ProducerSettings, redis: Redis, keys: Keys
+) -> None:
+    async def hang() -> None:
+        await asyncio.sleep(3)
+
+    async with calling(create_app(gateway_env, wake=hang)) as http:
+        answer = await http.post("/generate-image", json=SHORT, headers=KEY)
+        assert answer.status_code == 504
+        await until_state(redis, keys, "order-1", "cancelled")
+
+
+async def test_a_call_that_ends_while_its_job_is_on_the_way_to_redis_leaves_none_behind(
+    waiters: Waiters, for_callers: AsyncGenerationClient, redis: Redis, keys: Keys
+) -> None:
+    on_the_way, arrived = asyncio.Event(), asyncio.Event()
+
+    async def submit() -> None:
+        on_the_way.set()
+        await arrived.wait()
+        await for_callers.submit(prompt=PROMPT["prompt"], job_id="order-1")
+
+    async def call() -> None:
+        async with waiters.waiting("order-1") as stay:
+            await stay.send(submit())
+
+    calling = begun(call())
+    await on_the_way.wait()
+    calling.cancel()
+    await asyncio.sleep(0)
+    arrived.set()
+    await asyncio.wait({calling})
+    await until_state(redis, keys, "order-1", "cancelled")
+    assert await entries(redis, keys.requests(Priority.NORMAL)) == []
+
+
+async def test_a_caller_who_leaves_at_any_moment_leaves_no_live_job(
+    http: httpx.AsyncClient, redis: Redis, keys: Keys
+) -> None:
+    for moment in range(60):
+        async with hanging(http, **{"Idempotency-Key": f"order-{moment}"}) as call:
+            await asyncio.sleep(moment / 5000)
+            await hang_up(call)
+
+    async def all_ended() -> bool:
+        jobs = [name async for name in redis.scan_iter(keys.job("*"))]
+        return {await redis.hget(name, "state") for name in jobs} <= {b"cancelled"}
+
+    await http.get("/health")
+    await until(all_ended)
+
+
 async def test_a_job_that_another_gateways_caller_waits_for_goes_on(
     gateway_env: ProducerSettings, http: httpx.AsyncClient, painter: Painter, redis: Redis, keys: Keys
 ) -> None:
@@ -255,6 +307,12 @@ async def test_a_key_that_is_no_job_id_is_400(http: httpx.AsyncClient) -> None:
 
 
 @pytest.fixture
+async def for_callers(gateway_env: ProducerSettings) -> AsyncIterator[AsyncGenerationClient]:
+    async with AsyncGenerationClient.from_settings(gateway_env, for_callers=True) as client:
+        yield client
+
+
+@pytest.fixture
 async def waiters(client: AsyncGenerationClient, redis: Redis, keys: Keys) -> AsyncIterator[Waiters]:
     background = Background()
     yield Waiters(redis, keys, client.queue, background, hold_s=0.3)
@@ -277,11 +335,10 @@ async def _gone(redis: Redis, key: str) -> bool:
 
 
 async def test_leaving_cancels_no_run_but_the_one_that_the_caller_made(
-    waiters: Waiters, client: AsyncGenerationClient, redis: Redis, keys: Keys
+    waiters: Waiters, client: AsyncGenerationClient, for_callers: AsyncGenerationClient
 ) -> None:
-    await client.submit(prompt=PROMPT["prompt"], job_id="order-1")
+    await for_callers.submit(prompt=PROMPT["prompt"], job_id="order-1")
     async with waiters.waiting("order-1"):
-        await waiters.mark("order-1", 1)
         await client.cancel("order-1")
         await client.resubmit("order-1")
     assert (await client.status("order-1")).state == "queued"
@@ -289,7 +346,7 @@ async def test_leaving_cancels_no_run_but_the_one_that_the_caller_made(
 
 
 async def test_a_run_that_begins_while_the_last_caller_leaves_goes_on(
-    client: AsyncGenerationClient, redis: Redis, keys: Keys
+    client: AsyncGenerationClient, for_callers: AsyncGenerationClient, redis: Redis, keys: Keys
 ) -> None:
     class Overtaken(ProducerQueue):
         """Between leaving and looking, somebody else ends the run and makes the next one."""
@@ -300,11 +357,11 @@ async def test_a_run_that_begins_while_the_last_caller_leaves_goes_on(
             return await super().job(job_id)
 
     background = Background()
-    await client.submit(prompt=PROMPT["prompt"], job_id="order-1")
+    await for_callers.submit(prompt=PROMPT["prompt"], job_id="order-1")
     queue = Overtaken(redis, keys, max_queue=10, job_ttl_s=60)
     waiters = Waiters(redis, keys, queue, background)
     async with waiters.waiting("order-1"):
-        await waiters.mark("order-1", 1)
+        pass
     await background.aclose()
     found = await client.status("order-1")
     assert (found.run, found.state) == (2, "queued")

@@ -19,6 +19,7 @@ from redis import Redis
 
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
+from tests import event_kit
 from tests.integration.cli_kit import Cli
 from tests.integration.gateway_kit import BUCKET, PROMPT, TOKEN
 
@@ -112,6 +113,26 @@ def test_it_serves_until_a_signal_and_ends_well_with_an_answer_for_those_who_wai
     assert '"GET /v1/jobs/a HTTP/1.1" 401' in log
     assert "s3cr3t" not in log
     assert "Traceback" not in log
+
+
+def test_it_ends_in_time_while_the_storage_hangs(
+    tmp_path: Path, environment: dict[str, str], redis_at: RedisServer, keys: Keys
+) -> None:
+    answers: list[httpx.Response] = []
+    with socket.create_server(("127.0.0.1", 0)) as storage, Redis.from_url(redis_at.url) as redis:
+        storage.settimeout(20)
+        environment["R2_ENDPOINT_URL"] = f"http://127.0.0.1:{storage.getsockname()[1]}"
+        with serving(tmp_path, environment) as gateway:
+            body = {**PROMPT, "job_id": "order-1"}
+            assert httpx.post(f"{gateway.url}/v1/jobs", json=body, headers=BEARER).status_code == 202
+            event = event_kit.succeeded("order-1", image_key="images/a.png", image_sha256="a" * 64)
+            redis.hset(keys.job("order-1"), mapping={"state": "succeeded", "event": event.encode(), "ended_at": 1})
+            with asking(gateway.url, answers, "order-1"):
+                connection, _ = storage.accept()  # and nothing comes out of it
+                with connection:
+                    assert gateway.end(signal.SIGTERM) == 0
+    [answer] = answers
+    assert (answer.status_code, answer.json()["error_code"]) == (503, "UNAVAILABLE")
 
 
 def test_a_gateway_that_was_killed_keeps_no_job_from_being_cancelled_for_long(
