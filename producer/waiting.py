@@ -106,11 +106,24 @@ async def end_within(
         if found == "queue" and _has_gpu(record, run):
             continue
         event = terminal_of(record, run)
-        if event is None and cancel is not None and (await cancel(record.job_id)).verdict == CancelVerdict.ENDED:
-            event = terminal_of(await _look(queue, record.job_id), run)
+        if event is None and cancel is not None:
+            event = await _end_found_by_cancelling(queue, cancel, record.job_id, run)
         if event is None:
             raise limits.passed(record.job_id, found)
         return event
+
+
+async def _end_found_by_cancelling(
+    queue: ProducerQueue, cancel: Callable[[str], Awaitable[CancelOutcome]], job_id: str, run: int
+) -> TerminalEvent | None:
+    # The caller's limit has passed: an outage must not make it wait on, so the job may stay uncancelled.
+    try:
+        async with asyncio.timeout(_LAST_LOOK_S):
+            if (await cancel(job_id)).verdict == CancelVerdict.ENDED:
+                return terminal_of(await _look(queue, job_id), run)
+    except (*_OUT_OF_REACH, TimeoutError) as error:
+        log.warning("not_cancelled", job_id=job_id, error=type(error).__name__)
+    return None
 
 
 async def _end_or_limit(limits: Limits, items: AsyncGenerator[Progress | TerminalEvent, None]) -> TerminalEvent | str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from producer.client import AsyncGenerationClient
 from producer.errors import JobCancelled, JobFailed, WaitTimeout
@@ -179,3 +180,15 @@ async def test_waiting_for_a_run_that_never_comes_ends_at_the_limit_though_the_j
 ) -> None:
     await ann.fail_next()
     assert await limit_of(client.result("job-1", run=2, timeout_s=SOON_S, cancel_on_timeout=True)) == "total"
+
+
+async def test_a_cancellation_that_an_outage_prevents_does_not_make_the_caller_wait(
+    client: AsyncGenerationClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def out_of_reach(job_id: str) -> None:
+        raise RedisTimeout
+
+    await client.submit(job_id="job-1", prompt="a fox")
+    monkeypatch.setattr(client, "cancel", out_of_reach)
+    with pytest.raises(WaitTimeout):
+        await begun(client.result("job-1", timeout_s=0.05, cancel_on_timeout=True))
