@@ -18,7 +18,7 @@ from producer.requests import RequestChanges, RequestFields, check, follow_up, o
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
 from producer.verdicts import error_of, job_or_error, picture_or_raise, taken
-from producer.waiting import BLOCK_S, end_within, watch
+from producer.waiting import BLOCK_S, end_within, heeding_cancellation, watch
 from producer.waking import Wake, wake_for
 from schemas.entries import is_traceparent
 from schemas.events import FailedEvent, SucceededEvent, TerminalEvent
@@ -242,7 +242,7 @@ class AsyncGenerationClient:
             raise error_of(failed) from reason
 
     async def _record(self, job_id: str) -> JobRecord:
-        record = await self.queue.job(job_id) if is_job_id(job_id) else None
+        record = await heeding_cancellation(self.queue.job(job_id)) if is_job_id(job_id) else None
         if record is None:
             raise JobUnknown(f"nothing is known of a job {job_id}", job_id=job_id)
         return record

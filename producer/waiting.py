@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from typing import TypeVar
 
 import structlog
 from redis import exceptions as redis_errors
@@ -19,6 +20,8 @@ BLOCK_S = 5.0
 _OUTAGE_PAUSE_S = 0.5
 _LAST_LOOK_S = 1.0
 _OUT_OF_REACH = (redis_errors.ConnectionError, redis_errors.TimeoutError)
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +79,15 @@ async def _news(
     return entries, record
 
 
+async def heeding_cancellation(call: Awaitable[T]) -> T:
+    """What `call` returns; raises CancelledError where a cancellation was lost in it, as Python 3.11's wait_for may."""
+    cancellations = _cancellations()
+    answer = await call
+    if _cancellations() > cancellations:
+        raise asyncio.CancelledError
+    return answer
+
+
 def _cancellations() -> int:
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
@@ -102,7 +114,7 @@ async def end_within(
         found = await _end_or_limit(limits, watch(queue, connect, record, run))
         if not isinstance(found, str):
             return found
-        record = await _last_look(queue, record)
+        record = await heeding_cancellation(_last_look(queue, record))
         if found == "queue" and _has_gpu(record, run):
             continue
         event = terminal_of(record, run)

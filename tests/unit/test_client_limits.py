@@ -1,8 +1,12 @@
 """The three clocks of a wait, without any time passing."""
 
+import asyncio
+from contextlib import suppress
+
 import pytest
 
 from producer.limits import Limits
+from producer.waiting import heeding_cancellation
 from schemas.errors import ErrorCode
 
 
@@ -56,3 +60,17 @@ def test_the_error_says_which_limit_it_was_in_words_and_for_programs(name: str, 
     error = limits(1, 2.5, 30).passed("j", name)
     assert (str(error), error.details, error.job_id) == (said, {"limit": name}, "j")
     assert (error.error_code, error.retry_after) == (ErrorCode.TIMEOUT, 0)
+
+
+async def test_a_cancellation_that_is_lost_in_a_call_is_raised_after_it() -> None:
+    async def loses_it() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return "an answer"
+
+    task = asyncio.create_task(heeding_cancellation(loses_it()))
+    with pytest.raises(asyncio.CancelledError):
+        await task
