@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import structlog
 from redis import RedisError
@@ -86,51 +85,59 @@ class WebhookWorker(Worker):
         )
         self.was_asked_to_stop = False
         self.failure: Exception | None = None
-        self._is_forking = False
-        self._early_signal: int | None = None
+        self._is_interruptible = False
+        self._was_signalled = False
         self._engine = engine
         self._sweeper = Sweeper(queue, Deliveries(engine))
 
     def run_maintenance_tasks(self) -> None:
+        self._is_interruptible = False  # RQ stops by an exception out of the signal's handler, which SQLAlchemy wraps
         upkeep: Callable[[], None] = super().run_maintenance_tasks  # RQ gives it no types
         upkeep()
         try:
             self._sweeper.sweep()
         except SQLAlchemyError as error:
             log.warning("webhook.no_database", error=redact_value(error))
-        except StopRequested:
-            raise
         except Exception as error:
             self.failure = error  # RQ logs it, and ends as if nothing were wrong
             raise
         finally:
             self._engine.dispose()  # a fork must not inherit a connection
+        self._heed_signals()
 
     def listen_to_signals(self) -> None:
-        """From now on. RQ by itself does so only when its scheduler runs, which a signal before that would orphan."""
+        """From now on; one that comes before RQ's loop runs is heeded there.
+
+        The exception that RQ stops by would leave its scheduler orphaned, or its thread for commands half made.
+        """
         own_process = os.getpid()
         request_stop: Callable[..., None] = self.request_stop
 
         def stop(number: int, frame: FrameType | None) -> None:
             if os.getpid() != own_process:
                 os._exit(0)  # a fork that RQ has not yet given its own handlers has done nothing yet either
-            if self._is_forking:
-                self._early_signal = number
-            else:
+            if self._is_interruptible:
                 request_stop(number, frame)
+            else:
+                self._was_signalled = True
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
 
-    def _start_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        # A signal's exception between the fork and the note of its pid would leave a scheduler that nobody ends.
-        start: Callable[..., None] = super()._start_scheduler
-        self._is_forking = True
-        start(*args, **kwargs)
-        self._is_forking = False
-        request_stop: Callable[..., None] = self.request_stop
-        if self._early_signal is not None:
-            request_stop(self._early_signal, None)
+    def check_for_suspension(self, burst: bool) -> None:
+        """What RQ's loop calls first, and in each round."""
+        self._heed_signals()
+        check: Callable[[bool], None] = super().check_for_suspension
+        check(burst)
+
+    def _heed_signals(self) -> None:
+        self._is_interruptible = True
+        if self._was_signalled or self._stop_requested:  # or the exception was lost in a place that swallows them
+            self.handle_warm_shutdown_request()
+            raise StopRequested
+
+    def _install_signal_handlers(self) -> None:
+        """RQ's own would replace those above."""
 
     def handle_warm_shutdown_request(self) -> None:
         self.was_asked_to_stop = True
