@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 SWEEP_EVERY_S = 15
 GRACE_S = 30.0
 _AT_ONCE = 1000
+_ASK_AGAIN_S = 1.0
 _RQ_HEADROOM_S = 15  # RQ waits for jobs this much less than `worker_ttl`
 
 
@@ -138,6 +139,13 @@ class WebhookWorker(Worker):
 
     def _install_signal_handlers(self) -> None:
         """RQ's own would replace those above."""
+
+    def stop_scheduler(self) -> None:
+        """RQ asks once; a signal that meets a process in the middle of its fork is lost."""
+        process = None if self.scheduler is None else self.scheduler._process
+        while process is not None and process.is_alive():
+            process.terminate()
+            process.join(_ASK_AGAIN_S)
 
     def handle_warm_shutdown_request(self) -> None:
         self.was_asked_to_stop = True
