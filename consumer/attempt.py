@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from consumer.errors import AttemptTimeout
 from consumer.queue import Begun, Lease
+from consumer.stopping import end
 from schemas.requests import GenerationRequest
 
 T = TypeVar("T")
@@ -86,9 +87,7 @@ class Attempt:
             raise self._reason or self._timeout()
         finally:
             stopped.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            await end(task)
 
     def _timeout(self) -> AttemptTimeout:
         return AttemptTimeout(

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from consumer.artifacts import Artifacts
 from consumer.bucket import OwnBucket
-from consumer.engine import Engine, StockEngine
+from consumer.engine import Engine
 from consumer.errors import ModelBroken
 from consumer.keeper import Keeper
 from consumer.lora.cache import LoraCache
@@ -41,6 +41,9 @@ def load_engine(settings: ConsumerSettings) -> Engine:
 
     Raises ModelBroken.
     """
+    # torch and diffusers take seconds to import: who brings an engine of another kind does without them
+    from consumer.engine.stock import StockEngine
+
     token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
     engine = StockEngine.load(
         settings.model, vae=settings.vae, device=settings.device, dtype=settings.dtype, hub_token=token
@@ -85,11 +88,12 @@ async def wire(settings: ConsumerSettings, engine: Engine, name: str) -> AsyncIt
         presence = Presence(redis, keys, name)
         record = {"gpu": engine.gpu, "model": engine.base_model, "host": socket.gethostname(), "pid": str(os.getpid())}
         storage = await _wire_storage(settings, stack)
+        artifacts = Artifacts(storage.store, storage.uploads, leases)
         yield Worker(
             intake,
             leases,
             Keeper(leases, presence, record, lease_s=settings.lease_s),
-            Stages(engine, storage.fetcher, Artifacts(storage.store, storage.uploads, leases), leases, name),
+            Stages(engine, storage.fetcher, artifacts, leases, name, stall_s=settings.stall_s),
             Outcomes(leases, name, RetryPolicy(settings.max_attempts, settings.retry_base_s, settings.retry_cap_s)),
             settings,
         )

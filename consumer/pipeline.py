@@ -4,18 +4,16 @@ import re
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from consumer.engine.protocol import Pixels
 from consumer.errors import GenerationFailed
 from schemas.redact import redact_text
 from schemas.requests import GenerationRequest
-
-Pixels = npt.NDArray[np.uint8]
 
 _PATH = re.compile(r"(?<![\w:/.])(?:/[^\s/'\",;:)]+)+")
 _SAMPLERS = {"EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM"}

@@ -7,6 +7,11 @@ from urllib.parse import parse_qsl, urlsplit
 from schemas.net.urls import ForbiddenUrl
 
 MAX_LIFETIME_S = 604_800
+MAX_CLOCK_SKEW = timedelta(minutes=15)  # what S3 itself grants a URL that is dated in the future
+
+
+class LifetimeForbidden(ForbiddenUrl):
+    """No store grants such a lifetime, whenever it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,8 @@ class Lifetime:
 def read_lifetime(url: str) -> Lifetime:
     """From when to when `url` may be used.
 
-    Raises ForbiddenUrl where it is not presigned, or for longer than `MAX_LIFETIME_S`.
+    Raises ForbiddenUrl where it is not presigned in such a way, LifetimeForbidden where it is for longer than
+    `MAX_LIFETIME_S`.
     """
     pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
     parameters = dict(pairs)
@@ -40,7 +46,7 @@ def _read_v4(date: str, expires: str) -> Lifetime:
     begins = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     lifetime_s = _digits(expires)
     if not 1 <= lifetime_s <= MAX_LIFETIME_S:
-        raise ForbiddenUrl(f"it is valid for {lifetime_s} s, where 1 to {MAX_LIFETIME_S} are possible")
+        raise LifetimeForbidden(f"it is valid for {lifetime_s} s, where 1 to {MAX_LIFETIME_S} are possible")
     return Lifetime(begins, begins + timedelta(seconds=lifetime_s))
 
 

@@ -28,6 +28,7 @@ class ConsumerSettings(BaseSettings):
     prefetch: int = Field(1, alias="SDXL_PREFETCH", ge=0)
     idle_exit_s: float = Field(0.0, alias="SDXL_IDLE_EXIT_SECONDS", ge=0)
     drain_s: float = Field(25.0, alias="SDXL_DRAIN_SECONDS", ge=0)
+    stall_s: float = Field(60.0, alias="SDXL_STALL_SECONDS", gt=0)
     retry_base_s: float = Field(5.0, alias="SDXL_RETRY_BASE_SECONDS", ge=0)
     retry_cap_s: float = Field(300.0, alias="SDXL_RETRY_CAP_SECONDS", ge=0)
     job_ttl_s: float = Field(604_800.0, alias="SDXL_JOB_TTL_SECONDS", gt=0)

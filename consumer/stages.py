@@ -6,24 +6,26 @@ uploaded. Only `generate` needs the GPU, and only one job has it at a time.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
-from redis.exceptions import RedisError
 
+from consumer import failpoints
 from consumer.attempt import Attempt
-from consumer.engine import Engine, GeneratedImage, LoraFile, PreparedLoras
+from consumer.engine import Engine, GeneratedImage, LoraFile, OnStep, PreparedLoras
 from consumer.errors import HandedBack, ModelBroken
+from consumer.health import Health
 from consumer.images import encode_png
 from consumer.keeper import heed
 from consumer.outage import until_answered
-from consumer.queue import Held, Leases
+from consumer.progress import ProgressWriter
+from consumer.queue import Leases
 from consumer.storage import StoredArtifact
 from schemas import events
 from schemas.events import GenerationMetadata, ModelInfo, StartedData, SucceededData, Timings
@@ -59,15 +61,21 @@ class Generated:
 
 
 class Stages:
-    """The stages of every job of one consumer, around its one GPU; none is drawn once the model is `broken`."""
+    """The stages of every job of one consumer, around its one GPU; none is drawn once its `health` is broken.
 
-    def __init__(self, engine: Engine, fetcher: Fetcher, artifacts: Sink, leases: Leases, consumer: str) -> None:
+    `stall_s`: for how long a picture may come no step further.
+    """
+
+    def __init__(
+        self, engine: Engine, fetcher: Fetcher, artifacts: Sink, leases: Leases, consumer: str, *, stall_s: float = 60.0
+    ) -> None:
+        self.health = Health()
         self._engine = engine
         self._fetcher = fetcher
         self._artifacts = artifacts
         self._leases = leases
         self._consumer = consumer
-        self.broken: ModelBroken | None = None
+        self._stall_s = stall_s
         self._gpu = asyncio.Lock()
         self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="gpu")
 
@@ -77,12 +85,12 @@ class Stages:
         Raises a WorkerError, or whatever the attempt was stopped with.
         """
         async with AsyncExitStack() as files:
-            with attempt.working():
+            with attempt.working(), self.health.watching(attempt.lease.job_id):
                 loras = await attempt.guard(self._prepare(attempt, files))
             prepare_s = attempt.worked_s
             async with AsyncExitStack() as behind, self._holding_gpu(attempt):
                 queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
-                progress = _Progress(attempt, self._leases)
+                progress = ProgressWriter(attempt, self._leases)
                 written = asyncio.gather(self._publish_started(attempt, queued_s), progress.write())
                 # awaited while the next job has the GPU, and before this run can end
                 behind.push_async_callback(progress.end, written)
@@ -95,15 +103,14 @@ class Stages:
         """Waits for the GPU, and looks once more whether the job may have it."""
         await attempt.guard(self._gpu.acquire())
         try:
-            if self.broken is not None:
+            if self.health.broken is not None:
                 raise HandedBack
             attempt.check()
             self._artifacts.check(attempt)  # the upload URL may have expired behind another job
             attempt.stage = "running"
-            yield
-        except ModelBroken as error:
-            self.broken = error  # before the next job gets the GPU
-            raise
+            with self.health.watching(attempt.lease.job_id):  # which knows before the next job gets the GPU
+                yield
+            self.health.drew()
         finally:
             self._gpu.release()
 
@@ -115,9 +122,11 @@ class Stages:
         with attempt.working():
             started = time.perf_counter()
             encode = asyncio.to_thread(encode_png, image.pixels, request, model_info, sampler=image.sampler)
-            png = await attempt.guard(encode)
+            with failpoints.around("encode"):
+                png = await attempt.guard(encode)
             encoded = time.perf_counter()
-            stored = await attempt.guard(self._artifacts.store(attempt, png))
+            with failpoints.around("upload"):
+                stored = await attempt.guard(self._artifacts.store(attempt, png))
             uploaded = time.perf_counter()
         timings = Timings(
             queued=round(generated.queued_s, 4),
@@ -131,13 +140,15 @@ class Stages:
 
     async def _prepare(self, attempt: Attempt, files: AsyncExitStack) -> PreparedLoras:
         self._artifacts.check(attempt)
-        loras = [
-            LoraFile(await files.enter_async_context(self._fetcher.fetch(ref)), ref)
-            for ref in attempt.request.lora_refs
-        ]
-        return await asyncio.to_thread(self._engine.prepare, loras)
+        with failpoints.around("download"):
+            loras = [
+                LoraFile(await files.enter_async_context(self._fetcher.fetch(ref)), ref)
+                for ref in attempt.request.lora_refs
+            ]
+        with failpoints.around("prepare"):
+            return await asyncio.to_thread(self._engine.prepare, loras)
 
-    async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: "_Progress") -> GeneratedImage:
+    async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: ProgressWriter) -> GeneratedImage:
         loop = asyncio.get_running_loop()
 
         def on_step(step: int, total: int) -> None:
@@ -145,7 +156,17 @@ class Stages:
             attempt.check()
 
         # Never cancelled from outside, since a thread cannot be: the step callback ends it.
-        return await loop.run_in_executor(self._gpu_thread, self._engine.generate, attempt.request, loras, on_step)
+        drawing = loop.run_in_executor(self._gpu_thread, self._generate, attempt.request, loras, on_step)
+        while not drawing.done():
+            await asyncio.wait({drawing}, timeout=self._stall_s - progress.idle_s)
+            if not drawing.done() and progress.idle_s >= self._stall_s:
+                drawing.add_done_callback(_ignore)
+                raise ModelBroken(f"the picture came no step further within {self._stall_s:g} s")
+        return drawing.result()
+
+    def _generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
+        with failpoints.around("generate"):
+            return self._engine.generate(request, loras, on_step)
 
     async def _publish_started(self, attempt: Attempt, queued_s: float) -> None:
         data = StartedData(
@@ -191,42 +212,10 @@ class Stages:
         )
 
 
-class _Progress:
-    """Writes the newest step to Redis as fast as Redis takes them; what it cannot write in time is skipped."""
-
-    def __init__(self, attempt: Attempt, leases: Leases, clock: Callable[[], float] = time.monotonic) -> None:
-        self._attempt = attempt
-        self._leases = leases
-        self._clock = clock
-        self._started_at = clock()
-        self._latest: tuple[int, int] | None = None
-        self._news = asyncio.Event()
-        self._ended = False
-
-    def note(self, step: int, total: int) -> None:
-        self._latest = (step, total)
-        self._news.set()
-
-    async def end(self, written: Awaitable[object]) -> None:
-        self._ended = True
-        self._news.set()
-        await written
-
-    async def write(self) -> None:
-        """Runs until `end` is called."""
-        while not self._ended:
-            await self._news.wait()
-            self._news.clear()
-            if self._latest is not None:
-                (step, total), self._latest = self._latest, None
-                eta_s = (self._clock() - self._started_at) / step * (total - step)
-                await self._write_one(self._leases.progress(self._attempt.lease, step, total, eta_s))
-
-    async def _write_one(self, step: Coroutine[Any, Any, Held]) -> None:
-        try:
-            heed(self._attempt, await step)
-        except RedisError as error:  # progress is a courtesy: the job goes on without
-            log.debug("progress.not_written", error=type(error).__name__)
+def _ignore(drawing: "asyncio.Future[GeneratedImage]") -> None:
+    """Takes what a picture that was given up comes to in the end, so that nobody misses it."""
+    if not drawing.cancelled():
+        drawing.exception()
 
 
 def _model_info(base_model: str, attempt: Attempt, image: GeneratedImage) -> ModelInfo:

@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_ASK_AGAIN_S = 1.0
 
 
 class Stop:
@@ -30,5 +31,12 @@ class Stop:
         asked.cancel()
         if task.done():
             return task.result()
-        task.cancel()
+        await end(task)
         return None
+
+
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancels until the task has ended: before Python 3.12 a cancellation that meets a reply from Redis is lost."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_ASK_AGAIN_S)

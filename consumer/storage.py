@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Self
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from consumer.bucket import OwnBucket
 from consumer.errors import LeaseLost, UploadInterrupted, UploadRefused, WorkerError
-from consumer.presigned import MAX_LIFETIME_S, read_lifetime
+from consumer.presigned import MAX_CLOCK_SKEW, MAX_LIFETIME_S, read_lifetime
 from schemas.net.http import (
     DEFAULT_DEADLINES,
     Clock,
@@ -28,7 +28,6 @@ from schemas.net.http import (
 from schemas.net.urls import ForbiddenUrl, HostRules
 
 CONTENT_TYPE = "image/png"
-MAX_CLOCK_SKEW = timedelta(minutes=15)  # what S3 itself grants a URL that is dated in the future
 
 
 @dataclass(frozen=True, slots=True)

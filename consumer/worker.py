@@ -64,7 +64,7 @@ class Worker:
     @property
     def broken(self) -> ModelBroken | None:
         """Why the model can draw no more; the jobs that it has not drawn are tried elsewhere."""
-        return self._stages.broken
+        return self._stages.health.broken
 
     @property
     def stopping(self) -> bool:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, quote, urlencode
 
 from aiohttp import web
-from botocore.auth import S3SigV4QueryAuth
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
@@ -39,8 +39,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class StoredObject:
+    """`metadata`: the headers `x-amz-meta-*`, as they came."""
+
     body: bytes
     content_type: str = "application/octet-stream"
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def etag(self) -> str:
@@ -91,9 +94,14 @@ class S3Stub:
         return self._load(request)
 
     def _store(self, request: web.Request, body: bytes) -> web.Response:
-        if request.headers.get("If-None-Match") == "*" and request.path in self.objects:
+        there = self.objects.get(request.path)
+        if request.headers.get("If-None-Match") == "*" and there is not None:
             return web.Response(status=412)
-        stored = StoredObject(body, request.content_type)
+        wanted = request.headers.get("If-Match")
+        if wanted is not None and (there is None or there.etag.strip('"') != wanted.strip('"')):
+            return web.Response(status=412)
+        metadata = {name: value for name, value in request.headers.items() if name.lower().startswith("x-amz-meta-")}
+        stored = StoredObject(body, request.content_type, metadata)
         self.objects[request.path] = stored
         return web.Response(headers={"ETag": stored.etag})
 
@@ -103,7 +111,7 @@ class S3Stub:
             return web.Response(status=404)
         if request.headers.get("If-None-Match") == stored.etag:
             return web.Response(status=304, headers={"ETag": stored.etag})
-        return web.Response(body=stored.body, headers={"ETag": stored.etag})
+        return web.Response(body=stored.body, headers={"ETag": stored.etag, **stored.metadata})
 
 
 @asynccontextmanager
@@ -205,7 +213,9 @@ def _hang_up(request: web.Request) -> None:
 
 
 def _refusal(request: web.Request) -> str | None:
-    """S3's error code for a request whose query does not sign it, or no longer."""
+    """S3's error code for a request that is not signed, by its query or by a header, or no longer."""
+    if "Authorization" in request.headers:
+        return _header_refusal(request)
     query = dict(parse_qsl(request.query_string))
     given = query.pop("X-Amz-Signature", None)
     if given is None:
@@ -218,6 +228,20 @@ def _refusal(request: web.Request) -> str | None:
     if datetime.now(UTC) > signed + timedelta(seconds=int(query["X-Amz-Expires"])):
         return "AccessDenied"
     return None
+
+
+def _header_refusal(request: web.Request) -> str | None:
+    """A client with credentials signs the headers that it names, the body's digest among them."""
+    parts = dict(part.strip().split("=", 1) for part in request.headers["Authorization"].split(" ", 1)[1].split(","))
+    headers = {name: request.headers.get(name, "") for name in parts["SignedHeaders"].split(";")}
+    auth = S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", REGION)
+    signed = AWSRequest(method=request.method, url=f"http://{request.host}{request.raw_path}", headers=headers)
+    signed.context["timestamp"] = request.headers["X-Amz-Date"]
+    signed.context["payload_signing_enabled"] = True
+    digest = request.headers["X-Amz-Content-SHA256"]
+    canonical = auth.canonical_request(signed).rsplit("\n", 1)[0] + "\n" + digest
+    expected = auth.signature(auth.string_to_sign(signed, canonical), signed)
+    return None if expected == parts["Signature"] else "SignatureDoesNotMatch"
 
 
 def _signature(method: str, url: str, stamp: str, headers: dict[str, str]) -> str:

@@ -3,18 +3,20 @@
 import asyncio
 import errno
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Self
 
+import structlog
 from aiohttp import ClientResponse, ClientSession
 from pydantic import JsonValue
 
 from consumer.errors import LoraFetchInterrupted, LoraRefused, LoraUrlExpired, WorkerError
 from consumer.lora.cache import CachedLora, LoraCache, is_cacheable, object_id
+from consumer.presigned import MAX_CLOCK_SKEW, LifetimeForbidden, read_lifetime
 from schemas.net.http import (
     DEFAULT_DEADLINES,
     Clock,
@@ -30,6 +32,8 @@ from schemas.requests import LoraRef
 
 CHUNK_BYTES = 1 << 20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ class LoraFetcher:
         details: dict[str, JsonValue] = {"url": place_of(url)}
         try:
             rules.check(url)
-            cached = await self._cache.take(object_id(url), path)
-            await self._get(path, url, rules, cached, wanted_sha256)
+            _check_lifetime(url, self._now())
+            await self._with_room(lambda: self._take_or_get(path, url, rules, wanted_sha256))
         except ForbiddenUrl as error:
             raise LoraRefused(f"the LoRA's URL is not allowed: {error}", details=details) from None
         except ExchangeBroken as error:
@@ -95,8 +99,22 @@ class LoraFetcher:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
-            await self._cache.evict(everything=True)
             raise LoraFetchInterrupted("no space left on the consumer's disk", details=details) from None
+
+    async def _with_room(self, fetch: Callable[[], Awaitable[None]]) -> None:
+        """`fetch()`, once more without what is cached where the disk is full."""
+        try:
+            await fetch()
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            log.warning("lora_cache_out_of_space", reason=error.strerror)
+            await self._cache.evict(everything=True)
+            await fetch()
+
+    async def _take_or_get(self, path: Path, url: str, rules: HostRules, wanted_sha256: str | None) -> None:
+        cached = await self._cache.take(object_id(url), path)
+        await self._get(path, url, rules, cached, wanted_sha256)
 
     async def _get(
         self, path: Path, url: str, rules: HostRules, cached: CachedLora | None, wanted_sha256: str | None
@@ -155,6 +173,24 @@ class _HashedFile:
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
+
+
+def _check_lifetime(url: str, now: datetime) -> None:
+    """Refuses what S3 would refuse, though a laxer store might not.
+
+    What is signed in another way, or not at all, is for its host to judge; so is what our clock may be wrong about.
+    Raises LifetimeForbidden and LoraUrlExpired.
+    """
+    try:
+        lifetime = read_lifetime(url)
+    except LifetimeForbidden:
+        raise
+    except ForbiddenUrl:
+        return
+    if lifetime.ends <= now - MAX_CLOCK_SKEW:
+        raise LoraUrlExpired("the LoRA's URL has expired", details={"url": place_of(url)})
+    if lifetime.begins is not None and lifetime.begins - now > MAX_CLOCK_SKEW:
+        raise LoraUrlExpired("the LoRA's URL is dated in the future", details={"url": place_of(url)})
 
 
 def _check_sha256(sha256: str, wanted: str | None, url: str) -> None:

@@ -8,9 +8,11 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from consumer import failpoints
 from consumer.queue import scripts
 from consumer.queue.connection import server_time_ms
-from schemas.keys import CONSUMER_GROUP, Keys, Priority
+from schemas.keys import CONSUMER_GROUP, IDLE_NAME_MS, Keys, Priority
+from schemas.lua import FORGET_IDLE_NAMES
 
 Place = tuple[str, str]
 
@@ -43,15 +45,20 @@ class Intake:
         self._cursors = dict.fromkeys(keys.request_streams, "0-0")
         self._promote = redis.register_script(scripts.PROMOTE)
         self._reclaim = redis.register_script(scripts.RECLAIM)
+        self._forget_idle_names = redis.register_script(FORGET_IDLE_NAMES)
 
     async def ensure_groups(self) -> None:
-        """Creates the consumer group on every request stream, from its first entry on."""
+        """Creates the consumer group on every request stream, from its first entry on.
+
+        Names in it that hold nothing and have been silent for an hour are removed: killed consumers leave them.
+        """
         for stream in self._keys.request_streams:
             try:
                 await self._redis.xgroup_create(stream, CONSUMER_GROUP, id="0", mkstream=True)
             except ResponseError as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+            await self._forget_idle_names(keys=[stream], args=[CONSUMER_GROUP, IDLE_NAME_MS])
 
     async def read(self, *, block_ms: int) -> list[Delivery]:
         """The next entry, most urgent stream first with a share for each; with all of them empty, waits `block_ms`.
@@ -60,7 +67,8 @@ class Intake:
         asked first for 3 and the low one for 1, so none starves.
         """
         for stream in self._order():
-            found = await self._read_group({stream: ">"}, count=1)
+            with failpoints.around("read"):
+                found = await self._read_group({stream: ">"}, count=1)
             if found:
                 self._turn += 1
                 return found
@@ -76,7 +84,8 @@ class Intake:
         for stream in self._order():
             args: list[Any] = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
             try:
-                cursor, *claimed = await self._reclaim(keys=[stream], args=args)
+                with failpoints.around("reclaim"):
+                    cursor, *claimed = await self._reclaim(keys=[stream], args=args)
             except ResponseError as error:
                 await self._expect_missing_group(error)
                 continue
@@ -95,7 +104,8 @@ class Intake:
             priority: Any = await self._redis.hget(self._keys.job(job_id), "priority")
             stream = self._keys.requests(Priority(priority.decode()) if priority else Priority.NORMAL)
             keys = [self._keys.delayed, self._keys.job(job_id), self._keys.cancel(job_id), stream]
-            moved += int(await self._promote(keys=keys, args=[job_id]))
+            with failpoints.around("promote"):
+                moved += int(await self._promote(keys=keys, args=[job_id]))
         return moved
 
     def _order(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 
+from consumer import failpoints
 from consumer.queue import scripts
 from consumer.queue.intake import Delivery
 from schemas.events import RetryingEvent, StartedEvent, TerminalEvent
@@ -104,7 +105,7 @@ class Leases:
         job_id = lease.job_id
         keys = [self._keys.job(job_id), self._keys.cancel(job_id), self._keys.progress(job_id)]
         args: list[Any] = [lease.token, PROGRESS_MAX_ENTRIES, PROGRESS_TTL_SECONDS, step, total, f"{eta_s:.3f}"]
-        return _held(await self._scripts["PROGRESS"](keys=keys, args=args))
+        return _held(await self._call("PROGRESS", keys, args))
 
     async def extend(self, lease: Lease) -> Held:
         """Renews the lease if it is still ours."""
@@ -114,7 +115,7 @@ class Leases:
     async def finish(self, lease: Lease, state: JobState, event: TerminalEvent, payload: bytes, *, dead: bool) -> Held:
         """Ends the run. `payload` is kept with the job and in its dead letter: it must carry no signature."""
         keys, job_id = self._keys, lease.job_id
-        names = [keys.job(job_id), keys.cancel(job_id), keys.progress(job_id), keys.completions, keys.dead]
+        names = [*keys.end_of_run(job_id), keys.dead]
         args = [dead, job_id, state, event.type, event.encode(), payload, self._job_ttl_ms]
         return _held(await self._fenced("FINISH", lease, names, args))
 
@@ -139,7 +140,7 @@ class Leases:
         Returns what other attempts have noted, those of earlier runs too, or None where the lease is lost.
         """
         keys = [self._keys.job(lease.job_id)]
-        reply: bytes = await self._scripts["NOTE_UPLOAD"](keys=keys, args=[lease.token, note])
+        reply: bytes = await self._call("NOTE_UPLOAD", keys, [lease.token, note])
         if reply == b"lost":
             return None
         lines = [line.split(b"\t", 1) for line in reply.splitlines()]
@@ -148,7 +149,11 @@ class Leases:
     async def _fenced(self, script: str, lease: Lease, keys: list[str], args: list[Any]) -> Any:
         stream, entry_id, _ = lease.delivery
         head = [CONSUMER_GROUP, entry_id, self._name, lease.token]
-        return await self._scripts[script](keys=[stream, *keys], args=[*head, *map(_argument, args)])
+        return await self._call(script, [stream, *keys], [*head, *map(_argument, args)])
+
+    async def _call(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        with failpoints.around(script.lower()):
+            return await self._scripts[script](keys=keys, args=args)
 
 
 def _argument(value: Any) -> Any:

@@ -4,6 +4,7 @@ Every script may be sent twice (a client repeats a command whose reply was lost)
 `lease` is unique to one begin and stays in the job's hash. It is the fence, too: another lease is somebody else's.
 """
 
+from schemas.keys import DEAD_MAX_ENTRIES
 from schemas.lua import PRELUDE
 
 _OWNERSHIP = """
@@ -22,7 +23,14 @@ local function remove(stream, group, entry_id)
 end
 """
 
-_HEAD = PRELUDE + _OWNERSHIP
+# Only the newest dead letters are kept. The end of each job among those that go was published as `failed`.
+_DEAD = f"""
+local function add_letter(dead, ...)
+  redis.call('XADD', dead, 'MAXLEN', '~', {DEAD_MAX_ENTRIES}, '*', ...)
+end
+"""
+
+_HEAD = PRELUDE + _OWNERSHIP + _DEAD
 
 # Takes the job over for one attempt. Verdicts: lost, duplicate, cancelled, refused, expired, exhausted, ok.
 # All but the first two leave the caller as the lease's owner, who has to end the run or do the work.
@@ -126,7 +134,8 @@ return 'ok'
 FINISH = (
     _HEAD
     + """
-local stream, job, cancel, progress, completions, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local stream, job, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local completions, ended, tenants, dead = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local group, entry_id, consumer, lease, dead_lettered = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
 local run = {job_id = ARGV[6], state = ARGV[7], type = ARGV[8], event = ARGV[9], payload = ARGV[10], ttl_ms = ARGV[11]}
 local held = redis.call('HMGET', job, 'lease', 'state', 'run', 'attempt')
@@ -134,9 +143,9 @@ if held[1] ~= lease then return 'lost' end
 if is_terminal(held[2]) then return 'ok' end
 if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
 remove(stream, group, entry_id)
-end_run(job, cancel, progress, completions, run)
+end_run(job, cancel, progress, completions, ended, tenants, run)
 if dead_lettered then
-  redis.call('XADD', dead, '*', 'job_id', run.job_id, 'run', held[3], 'payload', run.payload, 'event', run.event,
+  add_letter(dead, 'job_id', run.job_id, 'run', held[3], 'payload', run.payload, 'event', run.event,
     'attempts', held[4], 'source', stream, 'died_at', now_ms())
 end
 return 'ok'
@@ -229,7 +238,7 @@ local stream, dead = KEYS[1], KEYS[2]
 local group, entry_id, consumer, raw = ARGV[1], ARGV[2], ARGV[3], ARGV[5]
 if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
 remove(stream, group, entry_id)
-redis.call('XADD', dead, '*', 'raw', raw, 'source', stream, 'died_at', now_ms())
+add_letter(dead, 'raw', raw, 'source', stream, 'died_at', now_ms())
 return 'ok'
 """
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from consumer.engine import LoraFile, PreparedLoras, StockEngine
+from consumer.engine import LoraFile, PreparedLoras
+from consumer.engine.stock import StockEngine
 from consumer.errors import JobCancelled
 from consumer.lora.shapes import model_shapes
 from demo import loras

@@ -67,7 +67,6 @@ class Bench:
             own_bucket=own_bucket,
             max_bytes=max_bytes,
             deadlines=deadlines,
-            now=lambda: NOW,
         )
 
     def ref(self, path: str = PATH, *, sha256: str | None = None) -> LoraRef:
@@ -441,9 +440,23 @@ async def test_a_cancelled_fetch_leaves_no_file_behind(bench: Bench) -> None:
     assert bench.leases() == bench.objects() == []
 
 
-async def test_a_full_disk_empties_the_cache_and_the_fetch_is_tried_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_empties_the_cache_and_the_job_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `LoraFetcher._with_room`."""
+    await bench.fetch()
+    bench.stub.put("/loras/other.safetensors", b"other")
+    write = fetch_module._HashedFile.write
+
+    def write_where_there_is_room(self: fetch_module._HashedFile, chunk: bytes) -> None:
+        if bench.objects():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, chunk)
+
+    monkeypatch.setattr(fetch_module._HashedFile, "write", write_where_there_is_room)
+    assert await bench.fetch(ref=bench.ref("/loras/other.safetensors")) == b"other"
+    assert len(bench.objects()) == 1
+
+
+async def test_a_disk_that_stays_full_is_tried_again_later(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     await bench.fetch()
     bench.stub.put("/loras/other.safetensors", b"other")
 

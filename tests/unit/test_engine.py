@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
-from consumer.engine import GeneratedImage, LoraFile, PreparedLoras, StockEngine
+from consumer.engine import GeneratedImage, LoraFile, Pixels, PreparedLoras
+from consumer.engine.stock import StockEngine
 from consumer.lora.shapes import lora_modules
-from consumer.pipeline import Pixels, noise, seeded
+from consumer.pipeline import noise, seeded
 from demo import loras
 from schemas.lora.shapes import ModelShapes
 from schemas.requests import GenerationRequest, LoraRef

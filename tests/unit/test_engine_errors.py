@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from consumer.engine import LoraFile, PreparedLoras, StockEngine
+from consumer.engine import LoraFile, PreparedLoras
+from consumer.engine.stock import StockEngine
 from consumer.errors import AttemptTimeout, GenerationFailed, GpuOutOfMemory, JobCancelled, LoraInvalid, ModelBroken
 from consumer.lora.deltas import Delta, ParsedLora
 from consumer.lora.weights import PatchableWeights

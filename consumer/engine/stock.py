@@ -1,70 +1,26 @@
-"""Draws pictures: the base model with one job's LoRAs patched into it, and the stock diffusers pipeline around it."""
+"""The stock diffusers pipeline, with one job's LoRAs patched into its weights: the oracle, and the CPU's engine."""
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import structlog
 import torch
 
+from consumer import failpoints
+from consumer.engine.protocol import GeneratedImage, LoraFile, OnStep, Pixels, PreparedLoras
 from consumer.errors import GenerationFailed, GpuOutOfMemory, ModelBroken, WorkerError
-from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import model_shapes
 from consumer.lora.weights import PatchableWeights
-from consumer.pipeline import Pixels, cut_prompts, decode, describe, load_pipeline, noise, sampler_name, seeded
+from consumer.pipeline import cut_prompts, decode, describe, load_pipeline, noise, sampler_name, seeded
 from schemas.events import AppliedLora
-from schemas.requests import GenerationRequest, LoraRef
-
-OnStep = Callable[[int, int], None]
+from schemas.requests import GenerationRequest
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFile:
-    """A LoRA's file on this machine, and what the request says of it."""
-
-    path: Path
-    ref: LoraRef
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedLoras:
-    """The LoRAs of one job, checked and ready to be patched in, each with what its event will say."""
-
-    loras: tuple[tuple[ParsedLora, AppliedLora], ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedImage:
-    """A picture: uint8 [height, width, 3]. `seconds`: denoising and decoding. `sampler`: the scheduler's usual name."""
-
-    pixels: Pixels
-    seconds: float
-    loras: tuple[AppliedLora, ...] = ()
-    warnings: tuple[str, ...] = ()
-    sampler: str = "Euler"
-
-
-class Engine(Protocol):
-    """What a consumer needs of the GPU. `prepare` may run in one thread while `generate` runs in another."""
-
-    @property
-    def base_model(self) -> str: ...
-
-    @property
-    def gpu(self) -> str: ...
-
-    def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras: ...
-
-    def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage: ...
-
-    def warm_up(self) -> None: ...
 
 
 class StockEngine:
@@ -129,7 +85,8 @@ class StockEngine:
         callback = _StepCallback(on_step)
         failure: WorkerError
         try:
-            self._weights.patch([(parsed.deltas, applied.scale) for parsed, applied in loras.loras])
+            with failpoints.around("patch"):
+                self._weights.patch([(parsed.deltas, applied.scale) for parsed, applied in loras.loras])
             pixels, seconds = self._draw(request, callback)
             return GeneratedImage(
                 pixels,
