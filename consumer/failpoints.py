@@ -40,11 +40,11 @@ _lock = threading.Lock()
 def arm(text: str) -> None:
     """Arms what `text` lists, and nothing else. Raises ValueError."""
     _armed.clear()
-    for item in filter(None, text.split(",")):
-        match = _ONE.fullmatch(item)
+    listed = [(item, _ONE.fullmatch(item)) for item in text.split(",") if item]
+    for item, match in listed:
         if match is None:
             raise ValueError(f"not place=action[@n]: {item!r}")
-        _armed[match["place"]] = _Failpoint(match["action"], int(match["nth"] or 1))
+    _armed.update({match["place"]: _Failpoint(match["action"], int(match["nth"] or 1)) for _, match in listed if match})
     if _armed:
         log.warning("failpoints.armed", places=sorted(_armed))
 

@@ -13,6 +13,7 @@ import torch
 from consumer import failpoints
 from consumer.engine.protocol import GeneratedImage, LoraFile, OnStep, Pixels, PreparedLoras
 from consumer.errors import GenerationFailed, GpuOutOfMemory, ModelBroken, WorkerError
+from consumer.lora.deltas import ParsedLora
 from consumer.lora.formats import parse
 from consumer.lora.shapes import model_shapes
 from consumer.lora.weights import PatchableWeights
@@ -58,11 +59,11 @@ class StockEngine:
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
         """Reads and checks LoRA files; never touches the model.
 
-        Raises LoraInvalid, and OSError where a file cannot be read.
+        Raises LoraInvalid, ModelBroken (the device is lost), and OSError where a file cannot be read.
         """
         loras, warnings = [], []
         for file in files:
-            parsed = parse(file.path, self._shapes)
+            parsed = self._read(file)
             if parsed.skipped:
                 first = ", ".join(parsed.skipped[:3])
                 warnings.append(f"{file.ref.name}: {len(parsed.skipped)} tensors match nothing in the model: {first}")
@@ -73,8 +74,15 @@ class StockEngine:
                 modules=len(parsed.deltas) if file.ref.scale else 0,
                 skipped=len(parsed.skipped),
             )
-            loras.append((parsed.pinned() if self._device.type == "cuda" else parsed, applied))
+            loras.append((parsed, applied))
         return PreparedLoras(tuple(loras), tuple(warnings))
+
+    def _read(self, file: LoraFile) -> ParsedLora:
+        try:
+            parsed = parse(file.path, self._shapes)
+            return parsed.pinned() if self._device.type == "cuda" else parsed
+        except torch.AcceleratorError as error:  # memory is pinned by the driver, which answers nothing after a fault
+            raise ModelBroken(f"The device is lost: {describe(error)}") from None
 
     def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
         """Draws one picture from the base weights and these LoRAs, whatever was drawn before.

@@ -212,6 +212,19 @@ def test_a_device_that_is_lost_is_a_broken_model(engine: StockEngine, monkeypatc
         engine.generate(REQUEST, PreparedLoras(), stop)
 
 
+def test_a_device_that_is_lost_while_a_lora_is_read_is_a_broken_model(
+    engine: StockEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `StockEngine._read`."""
+
+    def lost(*_: object) -> ParsedLora:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("consumer.engine.stock.parse", lost)
+    with pytest.raises(ModelBroken, match="The device is lost"):
+        engine.prepare([LoraFile(Path("x.safetensors"), LoraRef(key="x.safetensors"))])
+
+
 @pytest.mark.parametrize("bias", [float("nan"), float("inf"), -1e3])
 def test_a_nan_or_black_image_is_a_failed_generation(pipeline: Any, bias: float) -> None:
     last = pipeline.vae.decoder.conv_out.bias
