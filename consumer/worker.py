@@ -71,7 +71,10 @@ class Worker:
         return self._stop.asked.is_set()
 
     async def run(self) -> None:
-        """Works until told to stop, until idle for as long as the settings say, or until `broken`; then drains."""
+        """Works until told to stop, until idle for as long as the settings say, or until `broken`; then drains.
+
+        Raises what has broken the keeping of leases.
+        """
         keeping = asyncio.create_task(self._keeper.run())
         keeping.add_done_callback(self._stop_without_leases)
         try:
@@ -85,6 +88,8 @@ class Worker:
             self._keeper.leave()
             await asyncio.wait({keeping}, timeout=_ABANDON_AFTER_S)
             log.info("consumer.stopped")
+        if keeping.done():
+            keeping.result()  # a defect in keeping leases is this process's end, and no success
 
     def _stop_without_leases(self, keeping: asyncio.Task[None]) -> None:
         if not keeping.cancelled() and keeping.exception() is not None:

@@ -17,8 +17,9 @@ from producer.queue import JobRecord, ProducerQueue, connect, connect_for_blocki
 from producer.requests import RequestChanges, RequestFields, check, follow_up, own_url_expired
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
+from producer.submissions import QueueLimits
 from producer.verdicts import error_of, job_or_error, picture_or_raise, taken
-from producer.waiting import BLOCK_S, end_within, heeding_cancellation, watch
+from producer.waiting import BLOCK_S, end_within, first_look, heeding_cancellation, watch
 from producer.waking import Wake, wake_for
 from schemas.entries import is_traceparent
 from schemas.events import FailedEvent, SucceededEvent, TerminalEvent
@@ -46,7 +47,7 @@ class AsyncGenerationClient:
         redis_url: str,
         *,
         prefix: str,
-        max_queue: int,
+        limits: QueueLimits,
         job_ttl_s: float,
         storage: PresignedUrls | None = None,
         wake: Wake | None = None,
@@ -59,7 +60,7 @@ class AsyncGenerationClient:
         self._redis: Redis = connect(redis_url)
         self._connect_reader = partial(connect_for_blocking_reads, redis_url, block_s=BLOCK_S)
         self.queue = ProducerQueue(
-            self._redis, Keys(prefix), max_queue=max_queue, job_ttl_s=job_ttl_s, for_callers=for_callers
+            self._redis, Keys(prefix), limits=limits, job_ttl_s=job_ttl_s, for_callers=for_callers
         )
 
     @classmethod
@@ -67,7 +68,7 @@ class AsyncGenerationClient:
         return cls(
             settings.redis_url.get_secret_value(),
             prefix=settings.prefix,
-            max_queue=settings.max_queue,
+            limits=settings.limits,
             job_ttl_s=settings.job_ttl_s,
             storage=PresignedUrls.from_settings(settings),
             wake=wake,
@@ -210,14 +211,14 @@ class AsyncGenerationClient:
         `resign`: a run that failed because its URL into the own bucket had expired is resubmitted, once, and its next
         run is waited for within the same limits. Where it cannot be, JobFailed is raised from the reason.
         """
-        record = await self._record(job_id)
         now_s = asyncio.get_running_loop().time()
         limits = Limits(now_s, queue_timeout_s=queue_timeout_s, run_timeout_s=run_timeout_s, timeout_s=timeout_s)
+        record = await first_look(limits, job_id, self._record)
         cancel = self.cancel if cancel_on_timeout else None
         end = partial(end_within, limits, self.queue, self._connect_reader, cancel)
         event = await end(record, run or record.run)
         if resign and isinstance(event, FailedEvent) and (job := await self._signed_again(event)) is not None:
-            event = await end(await self._record(job_id), job.run)
+            event = await end(await first_look(limits, job_id, self._record), job.run)
         return picture_or_raise(event)
 
     async def cancel(self, job_id: str) -> CancelOutcome:

@@ -93,6 +93,32 @@ def _cancellations() -> int:
     return 0 if task is None else task.cancelling()
 
 
+async def first_look(limits: Limits, job_id: str, look: Callable[[str], Awaitable[JobRecord]]) -> JobRecord:
+    """What `look` finds. Where there is a limit, an outage is waited out, and ends in WaitTimeout when it passes.
+
+    One look has `_LAST_LOOK_S`, however short the limit is: the job may have ended already.
+    """
+    now_s = asyncio.get_running_loop().time
+    ends_at_s, limit = limits.next
+    if ends_at_s is None:
+        return await look(job_id)
+    deadline = asyncio.timeout_at(max(ends_at_s, now_s() + _LAST_LOOK_S))
+    try:
+        async with deadline:
+            while True:
+                try:
+                    return await look(job_id)
+                except redis_errors.AuthenticationError:
+                    raise
+                except _OUT_OF_REACH as error:
+                    log.warning("redis_out_of_reach", job_id=job_id, error=type(error).__name__)
+                await asyncio.sleep(_OUTAGE_PAUSE_S)
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+    raise limits.passed(job_id, limit)
+
+
 async def end_within(
     limits: Limits,
     queue: ProducerQueue,

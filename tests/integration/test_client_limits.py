@@ -192,3 +192,26 @@ async def test_a_cancellation_that_an_outage_prevents_does_not_make_the_caller_w
     monkeypatch.setattr(client, "cancel", out_of_reach)
     with pytest.raises(WaitTimeout):
         await begun(client.result("job-1", timeout_s=0.05, cancel_on_timeout=True))
+
+
+async def test_a_wait_that_begins_in_an_outage_ends_at_its_limit(
+    client: AsyncGenerationClient, before_look: Before
+) -> None:
+    """Guards the repetition in `first_look`."""
+
+    async def out_of_reach() -> None:
+        raise RedisTimeout
+
+    before_look(1, out_of_reach)
+    assert await limit_of(begun(client.result("job-1", timeout_s=SOON_S))) == "total"
+
+
+async def test_an_outage_when_a_wait_begins_is_waited_out(
+    client: AsyncGenerationClient, before_look: Before, ann: Ender
+) -> None:
+    async def out_of_reach() -> None:
+        raise RedisTimeout
+
+    await ann.succeed_next()
+    before_look(1, out_of_reach)
+    assert (await begun(client.result("job-1", timeout_s=PATIENCE_S))).data.job_id == "job-1"

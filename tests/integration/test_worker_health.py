@@ -86,3 +86,22 @@ async def test_a_slow_picture_that_comes_on_is_left_in_peace(bench: Bench) -> No
     async with bench.working(stall_s=0.5):
         events = await bench.ended("a")
     assert of_job(events, "a") == ["started", "succeeded"]
+
+
+async def test_a_consumer_that_cannot_keep_its_leases_hands_everything_back_and_fails(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `Worker._stop_without_leases`, and that `run` tells of it."""
+
+    async def defect(*_: object) -> None:
+        raise ZeroDivisionError
+
+    bench.engine.step_s = 0.2
+    await publish(bench.redis, bench.keys, a_request("a"))
+    async with bench.worker("ann", drain_s=0.1, lease_s=1.5) as worker:
+        running = asyncio.create_task(worker.run())
+        await bench.started("a")
+        monkeypatch.setattr("consumer.keeper.Keeper._announce", defect)
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(running, 15)
+    assert (await job(bench.redis, bench.keys, "a"))["attempt"] == "0"
