@@ -2,13 +2,13 @@
 
 import logging
 import sys
-import traceback
 from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
 
-from schemas.redact import redact_text, redact_value
+from schemas.redact import redact_value
+from schemas.stderr import redact_stderr
 
 Processor = structlog.typing.Processor
 
@@ -47,9 +47,4 @@ def configure(level: int = logging.INFO) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("consumer", "schemas"):
         logging.getLogger(ours).setLevel(level)
-    sys.excepthook = _report_crash
-
-
-def _report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    text = "".join(traceback.format_exception(kind, error, trace))
-    sys.stderr.write(redact_text(text))
+    redact_stderr()

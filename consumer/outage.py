@@ -6,20 +6,31 @@ from typing import TypeVar
 
 import structlog
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import (
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 _BACKOFF = ExponentialWithJitterBackoff(base=0.1, cap=2.0)
 _BACKOFF_STEPS = 16  # it reaches its cap before, and overflows far behind
-_PASSING_REFUSALS = (ReadOnlyError, OutOfMemoryError, NoPermissionError)
+_PASSING_REFUSALS = (ReadOnlyError, OutOfMemoryError, NoPermissionError, NoScriptError)
 # Redis 6.2 wraps what a command in a script answers, so that only its text tells.
-_PASSING_TEXTS = ("READONLY", "OOM", "NOREPLICAS", "MISCONF", "NOPERM", "LOADING", "BUSY ", "MASTERDOWN", "CLUSTERDOWN")
+_PASSING_TEXTS = (
+    *("READONLY", "OOM", "NOREPLICAS", "MISCONF", "NOPERM", "LOADING", "BUSY ", "MASTERDOWN", "CLUSTERDOWN"),
+    *("The user executing the script can't", "ACL failure in script"),  # NOPERM in a script, as 6.2 and 7 word it
+)
 
 
 def is_passing(error: RedisError) -> bool:
-    """Whether the same command can succeed later: Redis is away, loading, read-only, full or being reconfigured."""
+    """Whether the same command can succeed later: Redis is away, loading, read-only, full, being reconfigured, or
+    has forgotten a script between its loading and its call."""
     if not isinstance(error, ResponseError) or isinstance(error, _PASSING_REFUSALS):
         return True
     return any(text in str(error) for text in _PASSING_TEXTS)

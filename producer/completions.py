@@ -16,7 +16,8 @@ from producer.queue import StreamEntry
 from producer.stream_ids import stream_time
 from schemas.events import Event, EventError, decode_event, is_terminal
 from schemas.fields import is_job_id
-from schemas.keys import Keys
+from schemas.keys import IDLE_NAME_MS, Keys
+from schemas.lua import FORGET_IDLE_NAMES
 from schemas.redact import redact_bytes
 from schemas.requests import RequestError, decode_request
 
@@ -127,14 +128,16 @@ class Completions:
         self._name = name
         self._own_first = True
         self._trim = redis.register_script(scripts.TRIM_COMPLETIONS)
+        self._forget_idle_names = redis.register_script(FORGET_IDLE_NAMES)
 
     async def ensure_group(self) -> None:
-        """Creates the group, from the stream's first entry on."""
+        """Creates the group, from the stream's first entry on; removes names that killed listeners left in it."""
         try:
             await self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
+        await self._forget_idle_names(keys=[self._stream], args=[self._group, IDLE_NAME_MS])
 
     def reread(self) -> None:
         """Lets the next `read` begin with what was delivered to us and is not acknowledged."""

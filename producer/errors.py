@@ -3,7 +3,7 @@
 ProducerError
  +-- RequestRefused     the request does not fit the contract: INVALID_REQUEST or INVALID_PROMPT
  +-- JobConflict        another request has this `job_id`, or its last run does not allow a new one: JOB_CONFLICT
- +-- QueueFull          too many jobs wait; `retry_after` says when to come back: QUEUE_FULL
+ +-- QueueFull          a limit is reached, `details["limit"]`: queue, tenant or completions: QUEUE_FULL
  +-- JobFailed          the awaited run ended in `failed`: its event's code
  +-- JobCancelled       the awaited run was cancelled: CANCELLED
  +-- JobUnknown         nothing is known of this `job_id`: JOB_UNKNOWN
@@ -54,6 +54,8 @@ class JobConflict(ProducerError):
 
 
 class QueueFull(ProducerError):
+    """As many jobs wait, runs of the tenant are unfinished, or events are kept for a `details["group"]`, as may be."""
+
     default_code = ClientErrorCode.QUEUE_FULL
 
 

@@ -12,6 +12,7 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 
 from producer import scripts
 from producer.backlog import LIVE_WITHIN_S
+from producer.submissions import QueueLimits, Submitted, submitted
 from schemas.events import CancelledEvent
 from schemas.keys import CANCEL_TTL_SECONDS, CONSUMER_GROUP, JobState, Keys, Priority
 from schemas.requests import GenerationRequest
@@ -54,22 +55,6 @@ def _client(url: str, *, socket_timeout: float, **options: Any) -> Redis:
     return Redis.from_pool(pool)
 
 
-class Submitted(NamedTuple):
-    """Answer of SUBMIT and REPLAY. `verdict`: accepted, same, conflict, refused, full, and gone of a replay.
-
-    `run` is its number, or the depth where the queue is full.
-    """
-
-    verdict: str
-    run: int
-    state: str
-
-
-def _submitted(reply: Any) -> Submitted:
-    verdict, number, state = reply
-    return Submitted(verdict.decode(), int(number), state.decode())
-
-
 @dataclass(frozen=True, slots=True)
 class JobRecord:
     """A job's hash. Times are milliseconds of the server's clock; `event` is the run's terminal event, as published."""
@@ -101,11 +86,11 @@ class ProducerQueue:
     """
 
     def __init__(
-        self, redis: Redis, keys: Keys, *, max_queue: int, job_ttl_s: float, for_callers: bool = False
+        self, redis: Redis, keys: Keys, *, limits: QueueLimits, job_ttl_s: float, for_callers: bool = False
     ) -> None:
         self._redis = redis
         self._keys = keys
-        self._max_queue = max_queue
+        self._limits = limits
         self._caller = "waits" if for_callers else ""
         self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
         self._submit = redis.register_script(scripts.SUBMIT)
@@ -127,12 +112,13 @@ class ProducerQueue:
             names, args = self._submission(request, run, priority, traceparent)
             await self._submit(keys=names, args=args, client=pipe)
         replies: list[Any] = await pipe.execute()
-        return list(map(_submitted, replies))
+        return [submitted(reply, self._limits) for reply in replies]
 
     async def replay(self, letter_id: str, request: GenerationRequest, *, run: int, priority: Priority) -> Submitted:
         """Submits the run that follows a dead one and removes its letter, atomically; nothing where that has gone."""
         names, args = self._submission(request, run, priority)
-        return _submitted(await self._replay(keys=[*names, self._keys.dead], args=[*args, letter_id]))
+        reply: Any = await self._replay(keys=[*names, self._keys.dead], args=[*args, letter_id])
+        return submitted(reply, self._limits)
 
     def _submission(
         self, request: GenerationRequest, run: int, priority: Priority, traceparent: str | None = None
@@ -140,8 +126,10 @@ class ProducerQueue:
         """Keys and arguments of SUBMIT."""
         keys, job_id = self._keys, request.job_id
         names = [keys.job(job_id), keys.requests(priority), keys.delayed, keys.cancel(job_id), keys.progress(job_id)]
-        args = [job_id, run, request.encode(), request.fingerprint(), priority, self._max_queue]
-        return names + keys.request_streams, [*args, traceparent or "", self._caller]
+        names += [*keys.request_streams, keys.completions, keys.ended, keys.tenants]
+        args = [job_id, run, request.encode(), request.fingerprint(), priority, traceparent or "", self._caller]
+        limits = self._limits
+        return names, [*args, request.tenant or "", limits.queue, limits.per_tenant, limits.completions]
 
     async def job(self, job_id: str) -> JobRecord | None:
         """What is known of a job, None if nothing (never seen, or expired)."""
@@ -166,14 +154,7 @@ class ProducerQueue:
         """Ends a queued or delayed run if it is still where `job` says. `payload` is what is kept: no signatures."""
         keys, job_id = self._keys, job.job_id
         reply = await self._cancel_waiting(
-            keys=[
-                keys.requests(job.priority),
-                keys.job(job_id),
-                keys.cancel(job_id),
-                keys.progress(job_id),
-                keys.completions,
-                keys.delayed,
-            ],
+            keys=[keys.requests(job.priority), *keys.end_of_run(job_id), keys.delayed],
             args=[
                 *(CONSUMER_GROUP, job.entry_id, job.run, job.state, job.attempt),
                 *(job_id, event.type, event.encode(), payload, self._job_ttl_ms),

@@ -43,7 +43,7 @@ class Verdict(StrEnum):
 class ReplayResult:
     """`run` follows the dead one, where it exists (or would); `error_code` is the letter's; `reason` is for people.
 
-    `retry_after`: seconds after which a queue that was full may have room.
+    `retry_after`: seconds after which a queue that was full, or the tenant's part of it, may have room.
     """
 
     entry_id: str
@@ -150,7 +150,9 @@ class Replayer:
         if isinstance(outcome, Job):
             return _result(letter, Verdict.ALREADY if outcome.duplicate else Verdict.REPLAYED, outcome.run)
         if isinstance(outcome, QueueFull):
-            return _result(letter, Verdict.QUEUE_FULL, reason=str(outcome), retry_after=outcome.retry_after)
+            of_tenant = outcome.details["limit"] == "tenant"  # others may go on
+            verdict = Verdict.REFUSED if of_tenant else Verdict.QUEUE_FULL
+            return _result(letter, verdict, reason=str(outcome), retry_after=outcome.retry_after)
         refused = _result(
             letter, Verdict.REFUSED, reason=str(outcome)
         )  # unless somebody was faster, with other changes

@@ -2,6 +2,33 @@
 
 from schemas.lua import IS_TERMINAL, PRELUDE
 
+DRAIN_WINDOW_MS = 600_000
+
+# Trims a stream to what some group has not acknowledged; with no group, not at all. Returns the name of the group that
+# is furthest behind, '' where there is none, and how many entries went.
+_TRIM = """
+local function earlier(a, b)
+  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
+  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
+  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
+  return tonumber(a_seq) < tonumber(b_seq)
+end
+
+local function trim(stream)
+  local slowest = nil
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local info = {}
+    for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
+    local needs = info['last-delivered-id']
+    local pending = redis.call('XPENDING', stream, info['name'])
+    if pending[1] > 0 then needs = pending[2] end
+    if slowest == nil or earlier(needs, slowest.needs) then slowest = {name = info['name'], needs = needs} end
+  end
+  if slowest == nil then return '', 0 end
+  return slowest.name, redis.call('XTRIM', stream, 'MINID', slowest.needs)
+end
+"""
+
 _ENQUEUE = """
 local function depth(streams, delayed)
   local waiting = redis.call('ZCARD', delayed)
@@ -26,19 +53,52 @@ local function enqueue(job, stream, cancel, progress, run)
 end
 """
 
+# What keeps a new run out, as {verdict, count, group, waiting, ends, since_ms}: full (so many jobs wait), tenant_full
+# (so many of the tenant's are unfinished), unheard (so many events are kept, and that group holds them). The last two
+# say how fast runs end: so many of the newest did in the last ten minutes, the first of them so many milliseconds ago.
+_REFUSAL = f"""
+local function ends_lately(ended)
+  local now, count, since_ms = now_ms(), 0, 0
+  for _, ended_at in ipairs(redis.call('LRANGE', ended, 0, -1)) do
+    local age_ms = now - tonumber(ended_at)
+    if age_ms > {DRAIN_WINDOW_MS} then break end
+    count, since_ms = count + 1, age_ms
+  end
+  return count, since_ms
+end
+
+local function refusal(streams, delayed, completions, ended, tenants, tenant, limits)
+  local waiting = depth(streams, delayed)
+  if waiting >= limits.queue then return {{'full', waiting, '', waiting, ends_lately(ended)}} end
+  if tenant ~= '' and limits.tenant > 0 then
+    local unfinished = tonumber(redis.call('HGET', tenants, tenant)) or 0
+    if unfinished >= limits.tenant then return {{'tenant_full', unfinished, '', waiting, ends_lately(ended)}} end
+  end
+  if limits.completions > 0 then
+    local slowest = ''
+    if redis.call('XLEN', completions) >= limits.completions then slowest = trim(completions) end
+    local kept = redis.call('XLEN', completions)
+    if kept >= limits.completions then return {{'unheard', kept, slowest, waiting, 0, 0}} end
+  end
+end
+"""
+
 # Accepts a run, once. Its number is 1 for a new job, last + 1 for a run that follows a failed or cancelled one.
 # Answers {verdict, run, state}: accepted; same (this very run is there already); conflict (another body has this id);
-# refused (the last run does not allow this one); full (with the number of jobs that wait in place of a run).
-# `caller` is written with the run it belongs to: a second step could be lost, and the run would be nobody's.
+# refused (the last run does not allow this one); or the refusal for want of room.
+# `caller` is written with the run it belongs to: a second step could be lost, and the run would be nobody's. A tenant's
+# run is counted in the same step, and gives its place back in the one that ends it.
 SUBMIT = (
     PRELUDE
     + _ENQUEUE
+    + _TRIM
+    + _REFUSAL
     + """
 local job, stream, delayed, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local streams = {KEYS[6], KEYS[7], KEYS[8]}
+local streams, completions, ended, tenants = {KEYS[6], KEYS[7], KEYS[8]}, KEYS[9], KEYS[10], KEYS[11]
 local run = {job_id = ARGV[1], number = tonumber(ARGV[2]), payload = ARGV[3], fingerprint = ARGV[4],
-  priority = ARGV[5], traceparent = ARGV[7], caller = ARGV[8]}
-local max_queue = tonumber(ARGV[6])
+  priority = ARGV[5], traceparent = ARGV[6], caller = ARGV[7], tenant = ARGV[8]}
+local limits = {queue = tonumber(ARGV[9]), tenant = tonumber(ARGV[10]), completions = tonumber(ARGV[11])}
 local values = redis.call('HMGET', job, 'run', 'state', 'fingerprint')
 local last = {number = tonumber(values[1]), state = values[2], fingerprint = values[3]}
 
@@ -51,9 +111,13 @@ if last.number ~= nil then
     return {'refused', last.number, last.state}
   end
 end
-local waiting = depth(streams, delayed)
-if waiting >= max_queue then return {'full', waiting, ''} end
+local refused = refusal(streams, delayed, completions, ended, tenants, run.tenant, limits)
+if refused then return refused end
 enqueue(job, stream, cancel, progress, run)
+if run.tenant ~= '' then
+  redis.call('HSET', job, 'tenant', run.tenant)
+  redis.call('HINCRBY', tenants, run.tenant, 1)
+end
 return {'accepted', run.number, 'queued'}
 """
 )
@@ -87,7 +151,8 @@ return state
 CANCEL_WAITING = (
     PRELUDE
     + """
-local stream, job, cancel, progress, completions, delayed = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local stream, job, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local completions, ended, tenants, delayed = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local group, entry_id, seen_run, seen_state, seen_attempt = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local run = {job_id = ARGV[6], state = 'cancelled', type = ARGV[7], event = ARGV[8], payload = ARGV[9],
   ttl_ms = ARGV[10]}
@@ -99,30 +164,17 @@ end
 redis.call('ZREM', delayed, run.job_id)
 redis.call('XACK', stream, group, entry_id)
 redis.call('XDEL', stream, entry_id)
-end_run(job, cancel, progress, completions, run)
+end_run(job, cancel, progress, completions, ended, tenants, run)
 return 'ended'
 """
 )
 
 # Trims the completions that every group has acknowledged; with no group, none. Returns how many went.
-TRIM_COMPLETIONS = """
-local function earlier(a, b)
-  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
-  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
+TRIM_COMPLETIONS = (
+    _TRIM
+    + """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-local needed = nil
-for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-  local info = {}
-  for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
-  local oldest = info['last-delivered-id']
-  local pending = redis.call('XPENDING', KEYS[1], info['name'])
-  if pending[1] > 0 then oldest = pending[2] end
-  if needed == nil or earlier(oldest, needed) then needed = oldest end
-end
-if needed == nil then return 0 end
-return redis.call('XTRIM', KEYS[1], 'MINID', needed)
+local _, trimmed = trim(KEYS[1])
+return trimmed
 """
+)

@@ -3,6 +3,8 @@
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from producer.submissions import QueueLimits
+
 DEFAULT_DATABASE_URL = "sqlite:///sdxl.db"
 
 
@@ -14,6 +16,8 @@ class ProducerSettings(BaseSettings):
     redis_url: SecretStr = Field(SecretStr("redis://localhost:6379/0"), alias="REDIS_URL")
     prefix: str = Field("sdxl", alias="SDXL_PREFIX", pattern=r"^[A-Za-z0-9_.-]+$")
     max_queue: int = Field(10_000, alias="SDXL_MAX_QUEUE", ge=1)
+    max_queue_per_tenant: int = Field(0, alias="SDXL_MAX_QUEUE_PER_TENANT", ge=0)
+    max_completions: int = Field(100_000, alias="SDXL_MAX_COMPLETIONS", ge=0)
     job_ttl_s: float = Field(604_800.0, alias="SDXL_JOB_TTL_SECONDS", gt=0)
     database_url: SecretStr = Field(SecretStr(DEFAULT_DATABASE_URL), alias="DATABASE_URL")
 
@@ -28,6 +32,10 @@ class ProducerSettings(BaseSettings):
     webhook_allowed_hosts: str | None = Field(None, alias="WEBHOOK_ALLOWED_HOSTS")
     allow_loopback: bool = Field(False, alias="LORA_ALLOW_LOOPBACK")
     api_token: SecretStr | None = Field(None, alias="MODAL_API_TOKEN")
+
+    @property
+    def limits(self) -> QueueLimits:
+        return QueueLimits(self.max_queue, self.max_queue_per_tenant, self.max_completions)
 
     @field_validator("r2_endpoint_url")
     @classmethod

@@ -2,11 +2,9 @@
 
 from producer.errors import JobCancelled, JobConflict, JobFailed, ProducerError, QueueFull
 from producer.jobs import Job
-from producer.queue import Submitted
+from producer.submissions import Submitted
 from schemas.events import CancelledEvent, FailedEvent, SucceededEvent, TerminalEvent
 from schemas.keys import JobState
-
-QUEUE_FULL_RETRY_AFTER_S = 30  # a constant until the rate at which the queue drains is measured
 
 
 def job_or_error(job_id: str, reply: Submitted) -> Job | ProducerError:
@@ -15,15 +13,23 @@ def job_or_error(job_id: str, reply: Submitted) -> Job | ProducerError:
         case "accepted" | "same":
             return Job(job_id, reply.run, JobState(reply.state), duplicate=reply.verdict == "same")
         case "full":
-            return QueueFull(
-                f"{reply.run} jobs are waiting already", job_id=job_id, retry_after=QUEUE_FULL_RETRY_AFTER_S
-            )
+            return _queue_full(job_id, reply, "queue", f"{reply.run} jobs are waiting already")
+        case "tenant_full":
+            return _queue_full(job_id, reply, "tenant", f"{reply.run} jobs of its tenant are unfinished already")
+        case "unheard":
+            of_whom = f"the group {reply.group} has not acknowledged" if reply.group else "nobody listens for"
+            return _queue_full(job_id, reply, "completions", f"{reply.run} events are kept that {of_whom}")
         case "conflict":
             return JobConflict(f"another request has the job id {job_id}", job_id=job_id)
         case _:
             return JobConflict(
                 f"the job {job_id} is {reply.state} in run {reply.run}: this run cannot follow", job_id=job_id
             )
+
+
+def _queue_full(job_id: str, reply: Submitted, limit: str, message: str) -> QueueFull:
+    details = {"limit": limit} | ({"group": reply.group} if reply.group else {})
+    return QueueFull(message, job_id=job_id, retry_after=reply.retry_after, details=details)
 
 
 def taken(outcome: Job | ProducerError) -> Job:

@@ -12,6 +12,9 @@ DEFAULT_PREFIX = "sdxl"
 CANCEL_TTL_SECONDS = 604_800
 PROGRESS_TTL_SECONDS = 3_600
 PROGRESS_MAX_ENTRIES = 256
+DEAD_MAX_ENTRIES = 100_000
+ENDED_MAX_ENTRIES = 100
+IDLE_NAME_MS = 3_600_000
 
 
 class Priority(StrEnum):
@@ -92,6 +95,23 @@ class Keys:
     def consumer(self, name: str) -> str:
         """Hash: what one consumer says of itself."""
         return self._key(f"consumers:{name}")
+
+    @property
+    def ended(self) -> str:
+        """List: when the newest 100 runs ended, in milliseconds of the server's clock, the last one first."""
+        return self._key("ended")
+
+    @property
+    def tenants(self) -> str:
+        """Hash: how many unfinished runs of each tenant were submitted, without those of a bare XADD."""
+        return self._key("tenants")
+
+    def end_of_run(self, job_id: str) -> list[str]:
+        """The keys that the end of a run changes, wherever the run was, in the order of `schemas.lua.END_RUN`."""
+        return [
+            *(self.job(job_id), self.cancel(job_id), self.progress(job_id)),
+            *(self.completions, self.ended, self.tenants),
+        ]
 
     @property
     def counters(self) -> str:

@@ -4,7 +4,7 @@ The text is prepended to the scripts of `consumer` and `producer`; it holds loca
 times are milliseconds of the server's clock.
 """
 
-from schemas.keys import PROGRESS_MAX_ENTRIES, PROGRESS_TTL_SECONDS
+from schemas.keys import ENDED_MAX_ENTRIES, PROGRESS_MAX_ENTRIES, PROGRESS_TTL_SECONDS
 
 CLOCK = """
 local function now_ms()
@@ -21,8 +21,10 @@ end
 
 # Called only after the script has removed the job from where it waited (XDEL, ZREM): at maxmemory Redis refuses a
 # script whose first write is an XADD, and lets one go on that has already freed something.
+# `tenant` is in the hash of a run that was counted when it was accepted; the next run has a hash of its own.
 END_RUN = f"""
-local function end_run(job, cancel, progress, completions, run)
+local function end_run(job, cancel, progress, completions, ended, tenants, run)
+  local tenant = redis.call('HGET', job, 'tenant')
   redis.call('HSET', job, 'state', run.state, 'event', run.event, 'ended_at', now_ms(), 'payload', run.payload,
     'consumer', '')
   redis.call('PEXPIRE', job, run.ttl_ms)
@@ -30,8 +32,27 @@ local function end_run(job, cancel, progress, completions, run)
   redis.call('XADD', completions, '*', 'type', run.type, 'job_id', run.job_id, 'payload', run.event)
   redis.call('XADD', progress, 'MAXLEN', '~', {PROGRESS_MAX_ENTRIES}, '*',
     'type', run.type, 'job_id', run.job_id, 'payload', run.event)
-  redis.call('EXPIRE', progress, {PROGRESS_TTL_SECONDS})
+  redis.call('PEXPIRE', progress, math.min({PROGRESS_TTL_SECONDS * 1000}, tonumber(run.ttl_ms)))
+  redis.call('LPUSH', ended, now_ms())
+  redis.call('LTRIM', ended, 0, {ENDED_MAX_ENTRIES - 1})
+  if tenant and redis.call('HINCRBY', tenants, tenant, -1) <= 0 then redis.call('HDEL', tenants, tenant) end
 end
 """
 
 PRELUDE = CLOCK + IS_TERMINAL + END_RUN
+
+# Removes the names of a group that hold nothing and have been silent for so long: each start of a process brings one,
+# and a process that is killed leaves it. A live one that is removed is there again with its next read.
+FORGET_IDLE_NAMES = """
+local stream, group, idle_ms = KEYS[1], ARGV[1], tonumber(ARGV[2])
+local forgotten = 0
+for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+  local info = {}
+  for i = 1, #consumer, 2 do info[consumer[i]] = consumer[i + 1] end
+  if info['pending'] == 0 and info['idle'] >= idle_ms then
+    redis.call('XGROUP', 'DELCONSUMER', stream, group, info['name'])
+    forgotten = forgotten + 1
+  end
+end
+return forgotten
+"""

@@ -16,7 +16,8 @@ _FLAGS = re.IGNORECASE | re.ASCII
 # search for one in a long word would else begin anew at each of its letters.
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}:(?:\\*/){2}[^\s\"'<>`]*", _FLAGS)
 _USERINFO = re.compile(r"(:(?:\\*/){2})[^/\\]*@")
-_QUERY_AND_FRAGMENT = re.compile(r"[?#].*", re.DOTALL)
+# `reprlib`, and so asyncio, leaves out the middle of a long URL, its question mark with it.
+_QUERY_AND_FRAGMENT = re.compile(r"(?:[?#]|\.\.\.).*", re.DOTALL)
 
 _NAMES = (
     r"(?:signature|credential|awsaccesskeyid|(?:secret|access)(?:[_-]?access)?[_-]?key(?:[_-]?id)?"

@@ -80,7 +80,7 @@ class Intake:
         return [delivery for delivery in pending if delivery.place not in held]
 
     async def reclaim(self, held: Collection[Place]) -> list[Delivery]:
-        """At most one entry whose owner has let its lease run out, or has handed it back."""
+        """At most one entry whose owner has let its lease run out, or has handed it back. It takes a turn as new ones."""
         for stream in self._order():
             args: list[Any] = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
             try:
@@ -92,6 +92,7 @@ class Intake:
             self._cursors[stream] = cursor.decode()
             if claimed and (stream, claimed[0].decode()) not in held:
                 entry_id, pairs = claimed
+                self._turn += 1
                 return [Delivery(stream, entry_id.decode(), dict(zip(pairs[::2], pairs[1::2], strict=True)))]
         return []
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import uuid
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -59,12 +60,13 @@ class Leases:
         self._keys = keys
         self._name = name
         self._job_ttl_ms = math.ceil(job_ttl_s * 1000)
+        self._boot = uuid.uuid4().hex[:8]  # whoever has the same name, by a restored snapshot say, has other tokens
         self._tokens = itertools.count(1)
         self._scripts = {script: redis.register_script(getattr(scripts, script)) for script in _SCRIPTS}
 
     def lease(self, delivery: Delivery, job_id: str) -> Lease:
         """A fresh lease for one begin, which makes it valid."""
-        return Lease(delivery, job_id, f"{self._name}#{next(self._tokens)}")
+        return Lease(delivery, job_id, f"{self._name}#{self._boot}-{next(self._tokens)}")
 
     async def begin(
         self,

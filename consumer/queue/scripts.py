@@ -47,9 +47,9 @@ local now = now_ms()
 if not is_owner(stream, group, entry_id, consumer) then return {'lost'} end
 
 local function read_job()
-  local values = redis.call('HMGET', job, 'run', 'state', 'attempt', 'entry_id', 'lease', 'submitted_at', 'priority')
+  local values = redis.call('HMGET', job, 'run', 'state', 'attempt', 'entry_id', 'begun', 'submitted_at', 'priority')
   return {run = tonumber(values[1]), state = values[2], attempt = tonumber(values[3]) or 0, entry_id = values[4],
-    lease = values[5], submitted_at = values[6], priority = values[7]}
+    begun = values[5], submitted_at = values[6], priority = values[7]}
 end
 
 local last = read_job()
@@ -70,9 +70,8 @@ if takes_over then
   if uploads then redis.call('HSET', job, 'uploads', uploads) end
   last = read_job()
 end
-if last.lease == lease and last.state == 'preparing' then
-  return {'ok', last.attempt, last.submitted_at, now, 'queued'}
-end
+-- `begun` is the lease of the attempt that was counted last: a lease that only ends the run has counted none
+if last.begun == lease then return {'ok', last.attempt, last.submitted_at, now, 'queued'} end
 
 renew(stream, group, entry_id, consumer)
 redis.call('HSET', job, 'lease', lease, 'consumer', consumer, 'traceparent', traceparent)
@@ -82,7 +81,7 @@ if not valid then return verdict('refused') end
 if last.attempt == 0 and expires_at ~= nil and now >= expires_at then return verdict('expired') end
 if last.state == 'preparing' or last.state == 'running' then redis.call('HINCRBY', job, 'crashes', 1) end
 if last.attempt >= max_attempts then return verdict('exhausted') end
-redis.call('HSET', job, 'state', 'preparing')
+redis.call('HSET', job, 'state', 'preparing', 'begun', lease)
 redis.call('HINCRBY', job, 'attempt', 1)
 return {'ok', last.attempt + 1, last.submitted_at, now, last.state}
 """
@@ -178,16 +177,16 @@ RELEASE = (
 local stream, job = KEYS[1], KEYS[2]
 local group, entry_id, consumer, lease, nobody, idle_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 if not is_owner(stream, group, entry_id, consumer) then return 'lost' end
-local held = redis.call('HMGET', job, 'lease', 'state')
+local held = redis.call('HMGET', job, 'lease', 'begun')
 if lease ~= '' and held[1] ~= lease then return 'lost' end
 redis.call('XCLAIM', stream, group, nobody, 0, entry_id, 'IDLE', idle_ms, 'JUSTID')
 if lease ~= '' then
-  if held[2] == 'preparing' or held[2] == 'running' then
+  if held[2] == lease then
     redis.call('HINCRBY', job, 'attempt', -1)
     redis.call('HSET', job, 'state', 'queued', 'consumer', '')
     redis.call('HINCRBY', job, 'handbacks', 1)
   end
-  redis.call('HDEL', job, 'lease')
+  redis.call('HDEL', job, 'lease', 'begun')
 end
 return 'ok'
 """

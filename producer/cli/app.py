@@ -8,6 +8,7 @@ import typer
 from producer.cli import dead, doctor, jobs, listen, lora, publish, replay, serve, wait, webhooks, work
 from producer.cli.command import blocking_command, command
 from schemas.redact import redact_value
+from schemas.stderr import redact_stderr
 
 app = typer.Typer(
     help="Submit pictures to the queue, wait for them, and look after what became of them.",
@@ -23,6 +24,7 @@ webhooks_app = typer.Typer(help="Deliveries of webhooks, and the endpoints that 
 
 @app.callback()
 def _log_to_stderr() -> None:
+    redact_stderr()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

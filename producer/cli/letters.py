@@ -29,7 +29,7 @@ Tenant = Annotated[str | None, typer.Option(help="Those of one tenant.")]
 Lora = Annotated[str | None, typer.Option(metavar="PART", help="Those with this in a LoRA's key or URL.")]
 ErrorText = Annotated[str | None, typer.Option("--text", metavar="PART", help="Those with this in the error.")]
 JobId = Annotated[str | None, typer.Option("--job", metavar="JOB_ID", help="Those of one job.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the oldest so many.")]
+Limit = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Only the oldest so many.")]
 
 
 def filter_of(options: Mapping[str, Any]) -> LetterFilter:

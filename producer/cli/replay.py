@@ -140,7 +140,9 @@ class Board:
 
     def show(self, result: ReplayResult) -> None:
         self._counts[result.error_code or "", result.verdict] += 1
-        self._retry_after = result.retry_after
+        self._retry_after = max(
+            (one for one in (self._retry_after, result.retry_after) if one is not None), default=None
+        )
         self._bars.advance(self._bar)
         if self._as_json:
             output.print_json(asdict(result), lines=True)
@@ -177,7 +179,7 @@ class Board:
         rows = [(code or "none", *(counts.get(one, 0) for one in verdicts)) for code, counts in codes.items()]
         self._console.print(output.table(("error code", *verdicts), [*rows, ("all", *verdicts.values())]))
         if self._retry_after is not None:
-            output.note(f"the queue is full: run it again in {self._retry_after} s")
+            output.note(f"not all had room: run it again in {self._retry_after} s")
         if self._not_reached:
             output.note(f"{self._not_reached} not reached: the same command goes on from here")
 

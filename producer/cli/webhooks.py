@@ -37,7 +37,7 @@ Endpoint = Annotated[str, typer.Argument(metavar="URL", help="Its query does not
 OfState = Annotated[State | None, typer.Option("--state", help="Only those in this state.")]
 OfJob = Annotated[str | None, typer.Option("--job", metavar="JOB_ID", help="Only those of this job.")]
 OfEndpoint = Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="Only those to this URL.")]
-Limit = Annotated[int, typer.Option(min=1, help="Only the newest so many.")]
+Limit = Annotated[int, typer.Option(min=1, max=1_000_000, help="Only the newest so many.")]
 Reason = Annotated[str, typer.Option(help="Why, for those who wonder.")]
 
 

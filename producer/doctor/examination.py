@@ -52,7 +52,7 @@ async def _examine_redis(settings: ProducerSettings) -> list[Finding]:
 
 def _redis_checks(redis: Redis, settings: ProducerSettings) -> list[tuple[str, str, Check]]:
     keys = Keys(settings.prefix)
-    jobs = ProducerQueue(redis, keys, max_queue=settings.max_queue, job_ttl_s=settings.job_ttl_s)
+    jobs = ProducerQueue(redis, keys, limits=settings.limits, job_ttl_s=settings.job_ttl_s)
     return [
         ("redis", "settings", partial(redis_server.check_settings, redis)),
         ("redis", "clock", partial(redis_server.check_clock, redis)),

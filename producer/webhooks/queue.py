@@ -1,6 +1,7 @@
 """The RQ queue of webhooks: one job per event, under an id made from it, as JSON."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
@@ -43,7 +44,7 @@ class WebhookQueue:
         """Forgets an event."""
         job = self.rq.fetch_job(self.job_id(event_id))
         if job is not None:
-            job.delete()
+            self._delete(job)
         self._redis.delete(Job.key_for(self.job_id(event_id)))  # a remnant that is no job any more
 
     def lost(self, event_ids: Iterable[str]) -> list[str]:
@@ -74,6 +75,14 @@ class WebhookQueue:
             queued, taken, scheduled, started = pipeline.execute()
         executions = (execution.decode().partition(":")[0] for execution in started)
         return {job_id.decode() for job_id in (*queued, *taken, *scheduled)} | set(executions)
+
+    def _delete(self, job: Job) -> None:
+        try:
+            job.delete()
+        except ValueError:
+            # RQ keeps the name of an execution for a minute longer than the execution, and fails between the two.
+            job.execution_registry.cleanup(math.inf)
+            job.delete()
 
     def _add(self, event_id: str, due_at: datetime | None) -> None:
         options = {

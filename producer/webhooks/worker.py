@@ -5,10 +5,11 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import structlog
 from redis import RedisError
-from rq import Worker
+from rq import Queue, Worker
 from rq.exceptions import StopRequested
 from rq.job import Job
 from sqlalchemy import Engine
@@ -18,7 +19,7 @@ from producer.tables import GAVE_UP, PENDING
 from producer.webhooks import delivery  # here rather than in each fork
 from producer.webhooks.queue import WebhookQueue
 from producer.webhooks.rows import Deliveries
-from schemas.redact import redact_value
+from schemas.redact import redact_text, redact_value
 
 log = structlog.get_logger(__name__)
 
@@ -154,6 +155,11 @@ class WebhookWorker(Worker):
     def handle_exception(self, job: Job, *exc_info: object) -> None:
         if not isinstance(exc_info[1], delivery.DeliveryFailed):  # that one is in the log already
             super().handle_exception(job, *exc_info)
+
+    def handle_job_failure(self, job: Job, queue: Queue, *args: Any, exc_string: str = "", **options: Any) -> None:
+        """RQ keeps the traceback in Redis for a year."""
+        handle: Callable[..., None] = super().handle_job_failure
+        handle(job, queue, *args, exc_string=redact_text(exc_string), **options)
 
 
 class _ToStructlog(logging.Handler):

@@ -8,12 +8,15 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from schemas import strict_json
 from schemas.lora.errors import LoraUnusable
 
 METADATA_KEY = "lora_adapter_metadata"
+
+MAX_CONFIG_BYTES = 1024 * 1024
 
 _LITERAL_PATTERN = re.compile(r"\^?(?P<path>[\w.]+)\$?")
 
@@ -25,30 +28,42 @@ class AdapterConfig:
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
+        text = metadata.get(METADATA_KEY, "{}").encode("utf-8")
+        if len(text) > MAX_CONFIG_BYTES:
+            raise _broken(f"longer than {MAX_CONFIG_BYTES} bytes")
         try:
-            config = strict_json.loads(metadata.get(METADATA_KEY, "{}").encode("utf-8"))
+            config = strict_json.loads(text)
         except strict_json.StrictJsonError as error:
             raise _broken(str(error)) from None
         if not isinstance(config, dict):
             raise _broken("not a JSON object")
         self._config: dict[str, Any] = config
+        self._patterns: dict[str, dict[str, tuple[int, Any]]] = {}
 
     def alpha(self, module: str, rank: int) -> float:
         """The `alpha` for which `alpha / rank` is PEFT's scaling of this module (`unet.conv_in`): `rank` if unsaid."""
         component, path = module.split(".", 1)
         if self._get(component, "use_dora"):
             raise LoraUnusable("The adapter is of a kind that is not supported: DoRA.", details={"kind": "DoRA"})
-        alpha = self._get(component, "lora_alpha")
-        for pattern, value in (self._get(component, "alpha_pattern") or {}).items():
-            if _matches(pattern, path):
-                alpha = value
-                break
+        alpha = self._of_pattern(component, path, self._get(component, "lora_alpha"))
         if alpha is None:
             return float(rank)
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or abs(alpha) > sys.float_info.max:
             raise _broken("an alpha that is no finite number")
         # rank-stabilised LoRA scales by alpha / sqrt(rank)
-        return alpha * math.sqrt(rank) if self._get(component, "use_rslora") else float(alpha)
+        scaled = alpha * math.sqrt(rank) if self._get(component, "use_rslora") else float(alpha)
+        if not math.isfinite(scaled):
+            raise _broken("an alpha that is no finite number")
+        return scaled
+
+    def _of_pattern(self, component: str, path: str, otherwise: Any) -> Any:
+        """The alpha of the first pattern that is the end of a module's path."""
+        if component not in self._patterns:
+            self._patterns[component] = _by_path(self._get(component, "alpha_pattern") or {})
+        parts = f"text_model.{path}".split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        found = [self._patterns[component][end] for end in ends if end in self._patterns[component]]
+        return min(found, key=itemgetter(0))[1] if found else otherwise
 
     def _get(self, component: str, field: str) -> Any:
         value = self._config.get(f"{component}.{field}", self._config.get(field))
@@ -57,12 +72,18 @@ class AdapterConfig:
         return value
 
 
-def _matches(pattern: str, path: str) -> bool:
-    # PEFT takes these as regular expressions. They come from a stranger, and what PEFT and diffusers write are paths.
-    literal = _LITERAL_PATTERN.fullmatch(pattern.replace(r"\.", "."))
-    if literal is None:
-        raise _broken("a pattern that is not a module's path")
-    return f".text_model.{path}".endswith(f".{literal['path']}")
+def _by_path(patterns: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:
+    """Each pattern's place and alpha by the path that it is; a search through them for each module would take hours.
+
+    PEFT takes them as regular expressions. They come from a stranger, and what PEFT and diffusers write are paths.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for place, (pattern, alpha) in enumerate(patterns.items()):
+        literal = _LITERAL_PATTERN.fullmatch(pattern.replace(r"\.", "."))
+        if literal is None:
+            raise _broken("a pattern that is not a module's path")
+        found.setdefault(literal["path"], (place, alpha))
+    return found
 
 
 def _broken(problem: str) -> LoraUnusable:

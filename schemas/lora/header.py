@@ -5,9 +5,11 @@ that are paths, and headers of 100 MB.
 """
 
 import math
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 4
 
 _LENGTH_BYTES = 8
+# An open string goes to the end, so that no quote is looked at twice.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{\[,]', re.DOTALL)
+_MAX_TOKENS = 16 * MAX_TENSORS  # a tensor of four dimensions has 15
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
@@ -60,6 +65,7 @@ def read_header(path: Path) -> Header:
         if length > size - _LENGTH_BYTES:
             raise not_safetensors("its header ends beyond the file")
         raw = file.read(length)
+    _refuse_crowds(raw)
     entries = _parse(raw)
     metadata = _check_metadata(entries.pop("__metadata__", {}))
     if not entries:
@@ -79,6 +85,12 @@ def shown(name: str) -> str:
 def not_safetensors(problem: str) -> LoraUnusable:
     """What every broken container is refused with."""
     return LoraUnusable(f"The file is not a valid safetensors file: {problem}.")
+
+
+def _refuse_crowds(raw: bytes) -> None:
+    # Counted before it is parsed: 4 MiB of JSON can become 100 MB of objects.
+    if next(islice(_TOKEN.finditer(raw), _MAX_TOKENS, None), None) is not None:
+        raise not_safetensors(f"it has more than {MAX_TENSORS} tensors, or as much of something else")
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

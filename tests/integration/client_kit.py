@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from consumer.queue import Delivery, Lease
 from producer.client import AsyncGenerationClient
 from producer.storage import PresignedUrls
+from producer.submissions import QueueLimits
 from schemas.entries import decode_entry
 from schemas.errors import ErrorCode
 from schemas.events import FailedEvent, SucceededEvent
@@ -26,8 +27,11 @@ STORAGE = PresignedUrls(
 )
 
 
-def a_client(url: str, keys: Keys, **options: Any) -> AsyncGenerationClient:
-    return AsyncGenerationClient(url, prefix=keys.prefix, **{"max_queue": 1000, "job_ttl_s": 60, **options})
+def a_client(
+    url: str, keys: Keys, *, max_queue: int = 1000, per_tenant: int = 0, completions: int = 0, **options: Any
+) -> AsyncGenerationClient:
+    limits = QueueLimits(max_queue, per_tenant, completions)
+    return AsyncGenerationClient(url, prefix=keys.prefix, limits=limits, **{"job_ttl_s": 60, **options})
 
 
 @asynccontextmanager

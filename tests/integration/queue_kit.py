@@ -64,13 +64,14 @@ class FakeConsumer:
     name: str
     lease_s: float = 30.0
     max_attempts: int = 3
+    job_ttl_s: float = 60.0
     intake: Intake = field(init=False)
     leases: Leases = field(init=False)
     presence: Presence = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.redis, self.redis, self.keys, self.name, lease_s=self.lease_s)
-        self.leases = Leases(self.redis, self.keys, self.name, job_ttl_s=60)
+        self.leases = Leases(self.redis, self.keys, self.name, job_ttl_s=self.job_ttl_s)
         self.presence = Presence(self.redis, self.keys, self.name)
 
     async def read_one(self) -> Delivery:

@@ -216,12 +216,12 @@ def test_a_full_queue_stops_the_replay_and_says_when_to_come_back(cli: Cli) -> N
         a_dead_job(cli, f"job-{number}")
     cli.run("dead", "replay", "--all", SDXL_MAX_QUEUE="1")
     assert cli.status == 1
-    assert "the queue is full: run it again in 30 s" in cli.err
+    assert "not all had room: run it again in 1 s" in cli.err
     assert "2 not reached: the same command goes on from here" in cli.err
     assert left(cli) == ["job-1", "job-2", "job-3"]
     [full, summary] = map(json.loads, cli.run("dead", "replay", "--all", "--json", SDXL_MAX_QUEUE="1").splitlines())
-    assert (full["verdict"], full["retry_after"], summary["summary"]["not_reached"]) == ("queue_full", 30, 2)
-    assert summary["summary"]["retry_after"] == 30
+    assert (full["verdict"], full["retry_after"], summary["summary"]["not_reached"]) == ("queue_full", 1, 2)
+    assert summary["summary"]["retry_after"] == 1
     assert [letter["verdict"] for letter in replay_json(cli, "--all")[0]] == ["replayed"] * 3
 
 

@@ -55,7 +55,7 @@ async def test_the_receiver_of_webhooks_stores_what_is_signed_and_nothing_else(
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://backend.example") as web:
         forged = await web.post("/hooks/pictures", content=succeeded(job_id).encode())
-        assert (forged.status_code, [row.status for row in contents(sessions)]) == (400, ["pending"])
+        assert (forged.status_code, [row.status for row in contents(sessions)]) == (401, ["pending"])
         for event in (started(job_id), failed(job_id), failed(job_id), succeeded(job_id, run=2), failed(job_id)):
             body, headers = signed(event)
             assert (await web.post("/hooks/pictures", content=body, headers=headers)).status_code == 204

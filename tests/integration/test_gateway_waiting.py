@@ -14,6 +14,7 @@ from producer.gateway.tasks import Background, stop
 from producer.gateway.waiters import Waiters
 from producer.queue import JobRecord, ProducerQueue
 from producer.settings import ProducerSettings
+from producer.submissions import QueueLimits
 from schemas.errors import ErrorCode
 from schemas.keys import Keys, Priority
 from schemas.requests import decode_request
@@ -358,7 +359,7 @@ async def test_a_run_that_begins_while_the_last_caller_leaves_goes_on(
 
     background = Background()
     await for_callers.submit(prompt=PROMPT["prompt"], job_id="order-1")
-    queue = Overtaken(redis, keys, max_queue=10, job_ttl_s=60)
+    queue = Overtaken(redis, keys, limits=QueueLimits(10), job_ttl_s=60)
     waiters = Waiters(redis, keys, queue, background)
     async with waiters.waiting("order-1"):
         pass

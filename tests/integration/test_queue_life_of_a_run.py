@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from consumer.queue import Held, connect
+from consumer.queue import Delivery, Held, Lease, connect
 from demo.servers import redis_server
 from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
 from tests.integration.queue_kit import (
@@ -317,3 +317,46 @@ async def test_a_full_redis_keeps_no_begun_job_from_going_on(tmp_path: Path, key
                 held = Held(await ann.fail(lease))
         assert held is Held.OK
         await redis.aclose()
+
+
+async def exhaust(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer) -> tuple[Delivery, Lease]:
+    """Ann dies on a job's only attempt; Bob is told that there are no more, and has not ended the run."""
+    ann.max_attempts = bob.max_attempts = 1
+    await publish(redis, keys, a_request())
+    lost, _ = await ann.take()
+    await let_lease_run_out(redis, keys, lost.delivery, "ann")
+    [delivery] = await bob.intake.reclaim(())
+    lease, begun = await bob.begin(delivery)
+    assert begun.verdict == "exhausted"
+    return delivery, lease
+
+
+async def test_a_begin_that_was_refused_more_attempts_is_refused_again_when_it_is_sent_twice(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    """Guards `last.begun == lease` in BEGIN: the lease alone does not say that its attempt was counted."""
+    delivery, lease = await exhaust(redis, keys, ann, bob)
+    _, again = await bob.begin(delivery, lease)
+    assert again.verdict == "exhausted"
+
+
+async def test_handing_back_a_run_without_attempts_left_uncounts_nothing(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    """Guards `held[2] == lease` in RELEASE: a drain may come between the verdict and the end of the run."""
+    _, lease = await exhaust(redis, keys, ann, bob)
+    assert await bob.leases.release(lease) is Held.OK
+    [delivery] = await ann.intake.reclaim(())
+    assert (await ann.begin(delivery))[1].verdict == "exhausted"
+
+
+async def test_a_begin_that_arrives_a_second_time_after_the_start_changes_nothing(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    await ann.leases.start(lease, started(lease))
+    before = await job(redis, keys)
+    _, late = await ann.begin(lease.delivery, lease)
+    assert (late.verdict, late.attempt) == ("ok", 1)
+    assert await job(redis, keys) == before

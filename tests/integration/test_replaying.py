@@ -13,8 +13,9 @@ from producer.client import AsyncGenerationClient
 from producer.dead_letters import LetterFilter, Pace, Replayer, Verdict, drop, replay_each
 from producer.dead_letters import replay as replay_letters
 from producer.errors import RequestRefused
-from producer.queue import ProducerQueue, Submitted
+from producer.queue import ProducerQueue
 from producer.settings import ProducerSettings
+from producer.submissions import QueueLimits, Submitted
 from schemas.entries import decode_entry
 from schemas.errors import ErrorCode
 from schemas.keys import JobState, Keys, Priority
@@ -288,7 +289,7 @@ class _Overtaken(ProducerQueue):
     """Somebody else does something between the look at a job and its submission."""
 
     def __init__(self, redis: Redis, keys: Keys, other: Callable[[str], Awaitable[object]]) -> None:
-        super().__init__(redis, keys, max_queue=100, job_ttl_s=600)
+        super().__init__(redis, keys, limits=QueueLimits(100), job_ttl_s=600)
         self._other = other
 
     async def replay(self, letter_id: str, *args: Any, **options: Any) -> Submitted:
@@ -366,7 +367,7 @@ async def test_a_full_queue_ends_the_replay_and_keeps_the_letters(
     async with a_client(redis_at.url, keys, max_queue=2) as narrow:
         results = await replay(narrow, letters)
     assert [result.verdict for result in results] == [Verdict.REPLAYED, Verdict.REPLAYED, Verdict.QUEUE_FULL]
-    assert (results[2].reason, results[2].retry_after) == ("2 jobs are waiting already", 30)
+    assert (results[2].reason, results[2].retry_after) == ("2 jobs are waiting already", 1)
     assert await every_letter(client.queue) == letters[2:]
     assert [result.verdict for result in await replay(client, letters)] == [
         *[Verdict.GONE] * 2,

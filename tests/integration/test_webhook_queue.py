@@ -75,6 +75,22 @@ def test_an_event_is_enqueued_once_however_often_it_is_asked_for(queue: WebhookQ
     assert queue.rq.job_ids == [queue.job_id("a:1:succeeded"), queue.job_id("b:1:failed")]
 
 
+def test_an_event_whose_process_died_is_put_back_though_rq_keeps_the_name_of_its_execution(
+    queue: WebhookQueue,
+) -> None:
+    """Guards `except ValueError` in WebhookQueue._delete: for a minute RQ cannot delete such a job."""
+    queue.enqueue(["a:1:succeeded"])
+    dead = job(queue, "a:1:succeeded")
+    assert dead is not None
+    in_a_minute = datetime.now(UTC) + timedelta(minutes=1)
+    queue.rq.connection.zadd(dead.execution_registry.key, {"expired": in_a_minute.timestamp()})
+    fail_in_rq(queue, "a:1:succeeded")
+    queue.put_back("a:1:succeeded", datetime.now(UTC))
+    assert status_in_rq(queue, "a:1:succeeded") == JobStatus.QUEUED
+    assert queue.failed_ids() == set()
+    assert queue.rq.job_ids == [queue.job_id("a:1:succeeded")]
+
+
 def test_a_job_that_is_scheduled_or_failed_is_not_enqueued_beside_that(queue: WebhookQueue) -> None:
     queue.put_back("a:1:succeeded", datetime.now(UTC) + timedelta(hours=1))
     queue.enqueue(["b:1:failed"])

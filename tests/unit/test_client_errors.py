@@ -5,7 +5,7 @@ import pytest
 from producer import errors
 from producer.errors import ClientErrorCode, JobCancelled, JobConflict, JobFailed, ProducerError, QueueFull
 from producer.jobs import Job
-from producer.queue import Submitted
+from producer.submissions import Submitted
 from producer.verdicts import error_of, job_or_error, picture_or_raise, taken
 from schemas.errors import ErrorCode
 from schemas.keys import JobState
@@ -45,7 +45,9 @@ def test_a_cancelled_run_is_an_error_of_its_own_and_a_picture_is_none() -> None:
 @pytest.mark.parametrize(
     ("reply", "kind", "code", "retry_after"),
     [
-        (Submitted("full", 7, ""), QueueFull, ClientErrorCode.QUEUE_FULL, 30),
+        (Submitted("full", 7, "", retry_after=9), QueueFull, ClientErrorCode.QUEUE_FULL, 9),
+        (Submitted("tenant_full", 7, "", retry_after=9), QueueFull, ClientErrorCode.QUEUE_FULL, 9),
+        (Submitted("unheard", 7, "", retry_after=9), QueueFull, ClientErrorCode.QUEUE_FULL, 9),
         (Submitted("conflict", 1, "queued"), JobConflict, ClientErrorCode.JOB_CONFLICT, None),
         (Submitted("refused", 1, "queued"), JobConflict, ClientErrorCode.JOB_CONFLICT, None),
     ],
@@ -56,6 +58,26 @@ def test_what_the_queue_does_not_take_is_an_error_with_its_job_and_code(
     with pytest.raises(kind) as caught:
         taken(job_or_error("j", reply))
     assert (caught.value.job_id, caught.value.error_code, caught.value.retry_after) == ("j", code, retry_after)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message", "details"),
+    [
+        (Submitted("full", 7, ""), "7 jobs are waiting already", {"limit": "queue"}),
+        (Submitted("tenant_full", 7, ""), "7 jobs of its tenant are unfinished already", {"limit": "tenant"}),
+        (
+            Submitted("unheard", 7, "", group="audit"),
+            "7 events are kept that the group audit has not acknowledged",
+            {"limit": "completions", "group": "audit"},
+        ),
+        (Submitted("unheard", 7, ""), "7 events are kept that nobody listens for", {"limit": "completions"}),
+    ],
+    ids=["queue", "tenant", "completions", "completions without a group"],
+)
+def test_a_refusal_for_want_of_room_names_its_limit(reply: Submitted, message: str, details: dict[str, str]) -> None:
+    error = job_or_error("j", reply)
+    assert isinstance(error, QueueFull)
+    assert (str(error), error.details) == (message, details)
 
 
 def test_what_it_takes_is_the_job() -> None:

@@ -21,6 +21,8 @@ def every_key(keys: Keys) -> dict[str, str]:
         "{sdxl}:consumers": keys.consumers,
         "{sdxl}:consumers:gpu-1": keys.consumer("gpu-1"),
         "{sdxl}:counters": keys.counters,
+        "{sdxl}:ended": keys.ended,
+        "{sdxl}:tenants": keys.tenants,
     }
 
 

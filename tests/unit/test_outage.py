@@ -3,13 +3,15 @@ import asyncio
 import pytest
 from redis import exceptions
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import BusyLoadingError, NoPermissionError, ReadOnlyError, ResponseError
+from redis.exceptions import BusyLoadingError, NoPermissionError, NoScriptError, ReadOnlyError, ResponseError
 
 from consumer import outage
 from consumer.outage import until_answered
 
 
-@pytest.mark.parametrize("kind", [exceptions.ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError])
+@pytest.mark.parametrize(
+    "kind", [exceptions.ConnectionError, BusyLoadingError, ReadOnlyError, NoPermissionError, NoScriptError]
+)
 async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outage, "_BACKOFF", ExponentialWithJitterBackoff(base=0.001, cap=0.001))
     failures = [kind("away")] * 3
@@ -29,6 +31,9 @@ async def test_a_step_is_repeated_until_it_is_answered(kind: type[Exception], mo
         "NOREPLICAS Not enough good replicas to write.",
         "MISCONF Redis is configured to save RDB snapshots",
         "Error running script: -READONLY You can't write against a read only replica.",
+        "Error running script: @user_script: 1: The user executing the script can't run this command or subcommand",
+        "Error running script: @user_script: 1: The user executing the script can't access at least one of the keys",
+        "ERR ACL failure in script: User eve has no permissions to run the 'xadd' command script: f_1",
     ],
 )
 def test_refusals_that_pass_are_told_by_their_text_too(text: str) -> None:

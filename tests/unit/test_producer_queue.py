@@ -8,6 +8,7 @@ from fakeredis import FakeAsyncRedis
 
 from producer.backlog import read_backlog
 from producer.queue import ProducerQueue
+from producer.submissions import QueueLimits
 from schemas.keys import JobState, Keys, Priority
 
 KEYS = Keys("unit")
@@ -20,7 +21,7 @@ def redis() -> Any:
 
 @pytest.fixture
 def queue(redis: Any) -> ProducerQueue:
-    return ProducerQueue(redis, KEYS, max_queue=10, job_ttl_s=60)
+    return ProducerQueue(redis, KEYS, limits=QueueLimits(10), job_ttl_s=60)
 
 
 async def test_a_job_that_nobody_knows_is_none(queue: ProducerQueue) -> None:

@@ -128,6 +128,7 @@ def test_what_remains_still_names_the_object() -> None:
         ('{\\"token\\":\\"abc\\",\\"n\\":1}', '{\\"token\\":\\"[redacted]\\",\\"n\\":1}'),
         ("a?Signature=abc&Expires=1", "a?Signature=[redacted]&Expires=1"),
         ("Authorization: Bearer abc\nAccept: */*", "Authorization: [redacted]\nAccept: */*"),
+        ("<Handle f('https://r2.exam...2e5a4c1')>", "<Handle f('https://r2.exam')>"),
         ("sent with bearer 0123456789", "sent with bearer [redacted]"),
         (r'{"url":"https:\/\/h\/k?a=b","n":1}', r'{"url":"https:\/\/h\/k","n":1}'),
     ],
