@@ -18,7 +18,7 @@ from consumer.queue import Presence
 from demo.servers import RedisServer, redis_server
 from producer.client import AsyncGenerationClient
 from producer.database import open_engine
-from producer.errors import JobFailed
+from producer.errors import JobFailed, QueueFull
 from producer.gateway import create_app
 from producer.queue import connect
 from producer.settings import ProducerSettings
@@ -133,6 +133,24 @@ async def test_a_publisher_submits_waits_and_cancels(
     for job_id, answer in (("c", "asked"), ("b", "cancelled"), ("unknown", "asked")):
         assert (await publisher.cancel(job_id)).verdict == answer
     assert (await publisher.status("b")).state == "cancelled"
+    assert await refused(admin) == []
+
+
+async def test_a_publisher_looks_for_room_among_the_completions_before_it_refuses(
+    guarded: Guarded, admin: Redis
+) -> None:
+    for group in ("quick", "slow"):
+        await admin.xgroup_create(KEYS.completions, group, id="0", mkstream=True)
+    for number in range(3):
+        await admin.xadd(KEYS.completions, {"payload": str(number)})
+    [[_, taken]] = await admin.xreadgroup("slow", "eve", {KEYS.completions: ">"}, count=2)
+    async with a_client(guarded.url("publisher"), KEYS, completions=3) as client:
+        with pytest.raises(QueueFull) as caught:
+            await client.submit(job_id="a", prompt="a red fox")
+        assert caught.value.details["limit"] == "completions"
+        await admin.xack(KEYS.completions, "slow", *(entry_id for entry_id, _ in taken))
+        await admin.xgroup_destroy(KEYS.completions, "quick")
+        await client.submit(job_id="a", prompt="a red fox")
     assert await refused(admin) == []
 
 
@@ -342,7 +360,6 @@ FORBIDDEN = {
         "claim a job": "XCLAIM {sdxl}:requests:high consumers eve 0 0-1",
         "bury or read dead letters": "XADD {sdxl}:dead * raw x",
         "destroy a group": "XGROUP DESTROY {sdxl}:completions listeners",
-        "trim the completions": "XTRIM {sdxl}:completions MAXLEN 0",
         "play a consumer": "HSET {sdxl}:consumers:eve state idle",
         "touch the counters": "DEL {sdxl}:counters",
         "touch the webhooks": "DEL rq:queue:sdxl-webhooks",
@@ -375,7 +392,6 @@ FORBIDDEN = {
     "operator": {
         "take a job": "XREADGROUP GROUP consumers eve STREAMS {sdxl}:requests:high >",
         "claim a job": "XCLAIM {sdxl}:requests:high consumers eve 0 0-1",
-        "trim the completions": "XTRIM {sdxl}:completions MAXLEN 0",
     },
 }
 CASES = [
