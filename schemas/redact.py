@@ -12,16 +12,17 @@ REDACTED = "[redacted]"
 
 # ASCII, since `redact_bytes` looks at UTF-8 one byte at a time: 0x85 and 0xA0 are no spaces there.
 _FLAGS = re.IGNORECASE | re.ASCII
-# In JSON text a slash may be written \/, so the separator allows for backslashes. The scheme's length is bounded: a
-# search for one in a long word would else begin anew at each of its letters.
-_URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}:(?:\\*/){2}[^\s\"'<>`]*", _FLAGS)
-_USERINFO = re.compile(r"(:(?:\\*/){2})[^/\\]*@")
+# In JSON text a slash may be written \/, and any character as its number. The scheme's length is bounded: a search for
+# one in a long word would else begin anew at each of its letters.
+_SEPARATOR = r"(?::|\\{1,8}u003a)(?:\\*(?:/|u002f)){2}"
+_URL = re.compile(rf"[a-z][a-z0-9+.-]{{0,20}}{_SEPARATOR}[^\s\"'<>`]*", _FLAGS)
+_USERINFO = re.compile(rf"({_SEPARATOR})[^/\\]*@", _FLAGS)
 # `reprlib`, and so asyncio, leaves out the middle of a long URL, its question mark with it.
-_QUERY_AND_FRAGMENT = re.compile(r"(?:[?#]|\.\.\.).*", re.DOTALL)
+_QUERY_AND_FRAGMENT = re.compile(r"(?:[?#]|\\u003f|\\u0023|\.\.\.).*", re.DOTALL | _FLAGS)
 
 _NAMES = (
     r"(?:signature|credential|awsaccesskeyid|(?:secret|access)(?:[_-]?access)?[_-]?key(?:[_-]?id)?"
-    r"|token|passw(?:or)?d|secret|authorization)"
+    r"|token|passw(?:or)?d|secret|authorization|(?<![a-z])sig)"
 )
 # A signed query that something has cut off its URL, and credentials written as key=value, in JSON or as a header.
 _HEAD = rf"{_NAMES}(?:\\*[\"'])?\s*(?:[=:]|%(?:25)*3d|\\+u003d)\s*"

@@ -143,7 +143,8 @@ async def test_a_publisher_looks_for_room_among_the_completions_before_it_refuse
         await admin.xgroup_create(KEYS.completions, group, id="0", mkstream=True)
     for number in range(3):
         await admin.xadd(KEYS.completions, {"payload": str(number)})
-    [[_, taken]] = await admin.xreadgroup("slow", "eve", {KEYS.completions: ">"}, count=2)
+    reply: Any = await admin.xreadgroup("slow", "eve", {KEYS.completions: ">"}, count=2)
+    [[_, taken]] = reply.items() if isinstance(reply, dict) else reply
     async with a_client(guarded.url("publisher"), KEYS, completions=3) as client:
         with pytest.raises(QueueFull) as caught:
             await client.submit(job_id="a", prompt="a red fox")

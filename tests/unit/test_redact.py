@@ -25,6 +25,12 @@ SIGNED_URLS = [
     f"rediss://:{SECRET}@redis.example:6379/0?ssl_cert_reqs=none",
     f"postgresql+psycopg://app:{SECRET}@db.example/app",
     f"s3+http://host/a?{SECRET}",
+    f"https://host/a\\u003fx={SECRET}",
+    f"https://host/a\\U003F{SECRET}",
+    f"https://host/a\\u0023{SECRET}",
+    f"https\\u003a//host/a?x={SECRET}",
+    f"https:\\u002f\\u002Fhost/a?x={SECRET}",
+    f"https:\\u002f\\u002fuser:{SECRET}@host/a",
 ]
 LOOSE_SECRETS = [
     f"X-Amz-Signature={SECRET}",
@@ -36,6 +42,7 @@ LOOSE_SECRETS = [
     f'{{\\"token\\": \\"{SECRET}\\"}}',
     f'{{\\\\\\"token\\\\\\":\\\\\\"{SECRET}\\\\\\"}}',
     f"AWSAccessKeyId%3D{SECRET}",
+    f"a space in a URL?sv=1&sig={SECRET}&se=2",
     f"%3FSignature%3D{SECRET}%26Expires%3D1",
     f"%253FSignature%253D{SECRET}",
     f"X-Amz-Signature\\u003d{SECRET}",
