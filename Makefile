@@ -2,7 +2,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint check format contract clean
+MINUTES ?= 5
+
+.PHONY: help setup demo test chaos lint check format contract clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -19,6 +21,9 @@ demo: setup  ## run a dozen requests end to end and write demo/gallery.html
 
 test: setup  ## run every test, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: setup  ## inject every fault there is a name for, then MINUTES of random ones; print and write the figures
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES)
 
 lint: setup  ## style, types, import contracts, committed contract
 	$(BIN)/ruff check .

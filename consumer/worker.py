@@ -16,6 +16,7 @@ from consumer.outage import until_answered
 from consumer.outcomes import Outcomes
 from consumer.queue import Begun, Delivery, Intake, Lease, Leases
 from consumer.settings import ConsumerSettings
+from consumer.slots import Slots
 from consumer.stages import Stages
 from consumer.stopping import Stop
 from schemas.entries import MAX_SALVAGED_BYTES, RequestEntry, decode_entry
@@ -48,11 +49,11 @@ class Worker:
         self._stages = stages
         self._outcomes = outcomes
         self._settings = settings
-        self._slots = asyncio.Semaphore(1 + settings.prefetch)
         self._deliveries = asyncio.Semaphore(_PARALLEL_DELIVERIES)
         self._backlog: deque[Delivery] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = Stop()
+        self._slots = Slots(1 + settings.prefetch, self._stop)
         self._swept_at = 0.0
         self._busy_at = 0.0
         self._reread = True
@@ -99,14 +100,15 @@ class Worker:
     async def _take(self) -> None:
         loop = asyncio.get_running_loop()
         self._busy_at = loop.time()
-        while not self.stopping and await self._stop.unless_asked(self._slots.acquire()):
+        while not self.stopping and (slot := await self._slots.take()):
             delivery = await self._stop.unless_asked(self._next(), grace_s=2 * BLOCK_S)
             if delivery is not None:
-                task = asyncio.create_task(self._handle(delivery))
+                await self._slots.clear_for(delivery.place, slot)
+                task = asyncio.create_task(self._handle(delivery, slot))
                 self._tasks.add(task)
                 task.add_done_callback(self._forget)
                 continue
-            self._slots.release()
+            slot.close()
             if not self._tasks and 0 < self._settings.idle_exit_s <= loop.time() - self._busy_at:
                 log.info("consumer.idle", seconds=self._settings.idle_exit_s)
                 return
@@ -119,7 +121,8 @@ class Worker:
         """One entry to handle, or None after a short wait."""
         try:
             if not self._backlog:
-                self._backlog.extend(await self._more())
+                found = await self._more()  # a group that was lost and made anew delivers again what is in our hands
+                self._backlog.extend(one for one in found if one.place not in self._keeper.leases_held)
         except RedisError as error:
             log.warning("redis.out_of_reach", step="read", error=type(error).__name__)
             self._reread = True  # the reply that was lost may have carried an entry
@@ -142,14 +145,14 @@ class Worker:
             await self._intake.promote()
             reclaimed = await self._intake.reclaim(held)
             if reclaimed:  # where one was left there may be more: look again next time
+                self._slots.suspects.add(reclaimed[0].place)
                 log.info("queue.reclaimed", entry_id=reclaimed[0].entry_id)
                 return reclaimed
             self._swept_at = now
         return await self._intake.read(block_ms=int(BLOCK_S * 1000))
 
-    async def _handle(self, delivery: Delivery) -> None:
-        with ExitStack() as slot:
-            slot.callback(self._slots.release)
+    async def _handle(self, delivery: Delivery, slot: ExitStack) -> None:
+        with slot:
             try:
                 await self._see_through(delivery, slot)
             except Exception:

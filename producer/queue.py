@@ -107,11 +107,12 @@ class ProducerQueue:
         traceparent: str | None = None,
     ) -> list[Submitted]:
         """Submits each request atomically, all of them in one round trip."""
-        pipe = self._redis.pipeline(transaction=False)
-        for request in requests:
-            names, args = self._submission(request, run, priority, traceparent)
-            await self._submit(keys=names, args=args, client=pipe)
-        replies: list[Any] = await pipe.execute()
+        # without the block redis-py keeps the connection for ever where it fails before the first request is sent
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for request in requests:
+                names, args = self._submission(request, run, priority, traceparent)
+                await self._submit(keys=names, args=args, client=pipe)
+            replies: list[Any] = await pipe.execute()
         return [submitted(reply, self._limits) for reply in replies]
 
     async def replay(self, letter_id: str, request: GenerationRequest, *, run: int, priority: Priority) -> Submitted:

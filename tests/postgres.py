@@ -9,10 +9,11 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 from sqlalchemy import create_engine
 
 from demo.servers import STOP_TIMEOUT_S, ServerFailed, wait_until_ready
@@ -54,6 +55,15 @@ class PostgresServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill(self) -> None:
+        """kill -9 of all its processes: what was committed is there at the next start."""
+        assert self._process is not None
+        master = psutil.Process(self._process.pid)
+        for process in [master, *master.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
 
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://postgres@/{database}?host={self._folder}"

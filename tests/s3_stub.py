@@ -52,11 +52,15 @@ class StoredObject:
 
 @dataclass
 class S3Stub:
-    """`url` has no path; `objects` are keyed by path (`/bucket/key`); `seen` is every request in order."""
+    """`url` has no path; `objects` are keyed by path (`/bucket/key`); `seen` is every request in order.
+
+    `trouble`: what every request gets while it is set, whatever its path.
+    """
 
     url: str = ""
     objects: dict[str, StoredObject] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
+    trouble: Reply | None = None
     _scripts: dict[str, deque[Reply]] = field(default_factory=dict)
 
     def put(self, path: str, body: bytes) -> None:
@@ -86,6 +90,13 @@ class S3Stub:
         if script := self._scripts.get(path):
             reply = script.popleft() if len(script) > 1 else script[0]
             return await reply(request)
+        if self.trouble is not None:
+            return await self.trouble(request)
+        return await self.obey(request)
+
+    async def obey(self, request: web.Request) -> web.Response:
+        """What an S3 does."""
+        body = await request.read()
         refusal = _refusal(request)
         if refusal is not None:
             return web.Response(status=403, text=f"<Error><Code>{refusal}</Code></Error>")
@@ -155,7 +166,7 @@ def truncated(body: bytes, sent: int) -> Reply:
         response = web.StreamResponse(headers={"Content-Length": str(len(body)), "ETag": '"t"'})
         await response.prepare(request)
         await response.write(body[:sent])
-        _hang_up(request)
+        hang_up(request)
         return response
 
     return reply
@@ -201,13 +212,14 @@ def reset() -> Reply:
     """Hangs up instead of answering."""
 
     async def reply(request: web.Request) -> web.StreamResponse:
-        _hang_up(request)
+        hang_up(request)
         return web.Response()
 
     return reply
 
 
-def _hang_up(request: web.Request) -> None:
+def hang_up(request: web.Request) -> None:
+    """Resets the connection, whatever was sent."""
     if request.transport is not None:
         request.transport.abort()
 

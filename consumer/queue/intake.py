@@ -80,7 +80,7 @@ class Intake:
         return [delivery for delivery in pending if delivery.place not in held]
 
     async def reclaim(self, held: Collection[Place]) -> list[Delivery]:
-        """At most one entry whose owner has let its lease run out, or has handed it back. It takes a turn as new ones."""
+        """At most one entry whose owner has let its lease run out, or has handed it back. It takes a turn."""
         for stream in self._order():
             args: list[Any] = [CONSUMER_GROUP, self._name, self._lease_ms, self._cursors[stream]]
             try:

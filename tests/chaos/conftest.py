@@ -24,7 +24,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
             return
         assert world.injections, "nothing was injected"
         counts = world.verify(forgot=fault.kwargs.get("forgot", False))
-        note(Result(number, name, world.injections, world.recoveries_s, **counts))
+        note(Result(number, name, world.injections, world.recoveries_s, counts))
 
 
 _FAILED = pytest.StashKey[bool]()

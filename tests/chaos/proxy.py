@@ -1,6 +1,7 @@
 """A TCP proxy on loopback that delays, drops, resets, slices and swallows what passes between client and server."""
 
 import asyncio
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -10,8 +11,10 @@ from typing import Literal
 
 # reset: the request is not forwarded, and the connection is reset. swallow: it is forwarded, and the connection reset
 # when the reply comes. hang: it is forwarded, and nothing comes back, nor is anything closed. answer: `reply` comes
-# back in the server's place.
+# back in the server's place, once for each command of the protocol of Redis.
 Action = Literal["reset", "swallow", "hang", "answer"]
+
+_COMMAND = re.compile(rb"(?:^|\r\n)\*[0-9]+(?=\r\n\$)")
 
 
 @dataclass
@@ -49,6 +52,10 @@ class Proxy:
         assert self._loop is not None
         for connection in list(self._connections):
             self._loop.call_soon_threadsafe(connection.cancel)
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self._connections)
 
     def heal(self) -> None:
         self.is_down = self.is_frozen = self.slice_replies = False
@@ -106,7 +113,7 @@ class _Connection:
             if rule is not None and rule.action == "reset":
                 return
             if rule is not None and rule.action == "answer":
-                self._writer.write(rule.reply)
+                self._writer.write(rule.reply * max(1, len(_COMMAND.findall(request))))
                 continue
             if rule is not None:
                 self._is_muted = True
@@ -155,4 +162,5 @@ async def running_proxy(server_port: int) -> AsyncIterator[Proxy]:
     finally:
         server.close()
         proxy.disconnect_all()
-        await asyncio.sleep(0)
+        while proxy.is_connected:
+            await asyncio.sleep(0.01)

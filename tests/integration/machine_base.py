@@ -102,7 +102,7 @@ class MachineBase(RuleBasedStateMachine):
                 raise
             return None
         finally:
-            self.redis.lost = self.redis.beside = None
+            self.redis.lost = None
             self.before, self.world = self.world, await look(self.redis, self.keys)
             self.tally["calls"] += 1
             self.tally["calls with an effect"] += not self.unchanged

@@ -3,9 +3,12 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from consumer.queue import scripts
 from tests.integration.machine_base import FAULTS, NO_FAULT, PICKS, SLOTS, choose
 from tests.integration.machine_calls import WORK, ConsumerCalls, steps_of
 from tests.integration.machine_world import Fault
+
+SEVERAL = st.lists(st.sampled_from(WORK), min_size=1, max_size=5)
 
 
 class ConsumerRules(ConsumerCalls):
@@ -31,8 +34,8 @@ class ConsumerRules(ConsumerCalls):
         self.ask_newest(fault, again)
 
     @precondition(lambda self: any(hold.place in self.world.pending for hold in self.working()))
-    @rule(pick=PICKS, slot=SLOTS, own=st.booleans(), begins=st.booleans(), step=st.sampled_from(WORK))
-    def sleep_beyond_the_lease(self, pick: int, slot: int, own: bool, begins: bool, step: str) -> None:
+    @rule(pick=PICKS, slot=SLOTS, own=st.booleans(), begins=st.booleans(), steps=SEVERAL)
+    def sleep_beyond_the_lease(self, pick: int, slot: int, own: bool, begins: bool, steps: list[str]) -> None:
         """The run is taken over, perhaps by the `own` consumer itself; then the first attempt goes on."""
         hold = choose([hold for hold in self.working() if hold.place in self.world.pending], pick)
         names = [consumer.name for consumer in self.consumers]
@@ -40,7 +43,8 @@ class ConsumerRules(ConsumerCalls):
         self.reclaim(names.index(hold.consumer) if own else slot, NO_FAULT, forgetful=True)
         if begins:
             self.ask_newest(NO_FAULT, again=False)
-        self.fenced(hold, step)
+        for step in steps:
+            self.fenced(hold, step)
 
     @precondition(lambda self: any(self.unseen(consumer) for consumer in self.consumers))
     @rule(pick=PICKS, fault=FAULTS)
@@ -68,14 +72,22 @@ class ConsumerRules(ConsumerCalls):
         self.given(consumer, found)
 
     @precondition(lambda self: self.world.delayed)
-    @rule(slot=SLOTS, pick=PICKS, fault=FAULTS, ripe=st.booleans(), beside=st.booleans())
-    def promote(self, slot: int, pick: int, fault: Fault, ripe: bool, beside: bool) -> None:
-        """`beside`: another consumer promotes between two commands of this one."""
+    @rule(slot=SLOTS, pick=PICKS, fault=FAULTS, ripe=st.booleans())
+    def promote(self, slot: int, pick: int, fault: Fault, ripe: bool) -> None:
         if ripe:
             self.do(self.ripen([choose(list(self.world.delayed), pick)]))
-        if beside:
-            self.redis.beside = self.consumers[(slot + 1) % 3].intake.promote
-        self.do(self.consumers[slot].intake.promote(), (None, 2 + pick % 2) if beside else fault)
+        self.do(self.consumers[slot].intake.promote(), fault)
+        self.promoted()
+
+    @precondition(lambda self: self.ledger.jobs)
+    @rule(pick=PICKS)
+    def promote_what_was_due_once(self, pick: int) -> None:
+        """Between listing what is due and moving it, others may have moved it, and may have delayed it again."""
+        job_id = choose(list(self.ledger.jobs), pick)
+        stream = self.keys.requests(self.ledger.jobs[job_id].priority)
+        names = [self.keys.delayed, self.keys.job(job_id), self.keys.cancel(job_id), stream]
+        self.do(self.redis.register_script(scripts.PROMOTE)(keys=names, args=[job_id]))
+        assert self.unchanged or job_id in self.before.delayed
         self.promoted()
 
     @precondition(lambda self: any(self.may_begin(hold) for hold in self.holds))

@@ -132,8 +132,10 @@ class Ledger:
         if job is None or job.may_be_followed(entry.run):
             fingerprint = entry.request.fingerprint() if entry.request else ""
             job = self.jobs[hold.job_id] = Job(entry.run, priority, fingerprint, hold.place)
+        if verdict == "ok" and job.counted == hold.token:
+            return  # the answer to a call that was sent twice, though another lease may have followed
         job.lease = hold.token
-        if verdict == "ok" and job.counted != job.lease:
+        if verdict == "ok":
             job.counted, job.state = job.lease, JobState.PREPARING
             job.attempts += 1
 
@@ -149,7 +151,8 @@ class Ledger:
             return "lost"
         if step in ("progress", "note_upload"):
             return "changes"
-        done = {"finish": job.state in ENDED, "retry": job.state is JobState.DELAYED}
+        running = owns and job.state is JobState.RUNNING
+        done = {"start": running, "finish": job.state in ENDED, "retry": job.state is JobState.DELAYED}
         if done.get(step):
             return "repeats"
         return "changes" if owns else "lost"

@@ -1,4 +1,10 @@
-"""The mechanisms of the queue's scripts, one by one: with any of these lines taken out the machine goes red."""
+"""The mechanisms of the queue's scripts, one by one: with any of these lines taken out the machine goes red.
+
+Most do within the 70 examples of `make test`. A few need what seldom happens, and up to 600 of `make chaos`: RETRY's
+token, a job promoted twice, CANCEL_WAITING's look at state, entry and its own event, runs that SUBMIT must not skip.
+Not in the list is what another line guards as well: BEGIN's look whether the owned run has ended (its entry is gone
+then), and CANCEL_WAITING's at run and attempt (each has an entry of its own).
+"""
 
 from types import ModuleType
 from typing import NamedTuple
@@ -145,9 +151,7 @@ MUTANTS = [
     *_of(
         producer_scripts,
         "CANCEL_WAITING",
-        ("no look at the run", "held[1] ~= seen_run or ", ""),
         ("no look at the state", "held[2] ~= seen_state or ", ""),
-        ("no look at the attempt", "held[3] ~= seen_attempt or ", ""),
         ("no look at the entry", " or held[4] ~= entry_id then", " then"),
         ("no look at anything", "if held[1] ~= seen_run or", "if false and held[1] ~= seen_run or false and"),
         ("no look at its own event", "if held[2] == 'cancelled' and held[5] == run.event then return 'ended' end", ""),

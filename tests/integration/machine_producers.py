@@ -51,6 +51,7 @@ class ProducerRules(MachineBase):
             self.add(job_id, request.encode(), None, priority)
         else:
             self.submit(slot, request, 1, priority)
+            self.look(job_id, slot)
 
     @precondition(lambda self: self.requests)
     @rule(pick=PICKS, slot=SLOTS, after=st.sampled_from([0, 1, 1, 2]), other=st.booleans(), priority=PRIORITIES)
@@ -100,9 +101,7 @@ class ProducerRules(MachineBase):
     @rule(pick=PICKS, slot=SLOTS)
     def look_at_a_job(self, pick: int, slot: int) -> None:
         job_ids = [job_id for job_id, job in self.ledger.jobs.items() if job.state not in ENDED]
-        record = self.do(self.producers[slot].job(choose(job_ids, pick)))
-        if record is not None and record.state in (JobState.QUEUED, JobState.DELAYED):
-            self.records = [*self.records, record][-3:]
+        self.look(choose(job_ids, pick), slot)
 
     @precondition(lambda self: self.expiring())
     @rule(pick=PICKS)
@@ -110,16 +109,12 @@ class ProducerRules(MachineBase):
         self.ledger.overdue.add(choose(self.expiring(), pick))
 
     @precondition(lambda self: self.records)
-    @rule(pick=PICKS, slot=SLOTS)
-    def cancel_as_it_looked_then(self, pick: int, slot: int) -> None:
+    @rule(pick=PICKS, slot=SLOTS, again=st.booleans())
+    def cancel_as_it_looked_then(self, pick: int, slot: int, again: bool) -> None:
         record = choose(self.records, pick)
-        job = self.ledger.jobs[record.job_id]
-        entry_id = self.world.jobs[record.job_id]["entry_id"].decode()
-        now = job.run, job.state, job.attempts, entry_id
-        fits = now == (record.run, record.state, record.attempt, record.entry_id)
-        self.do(self.producers[slot].cancel_waiting(record, *cancellation(record, NOW)))
-        assert fits != self.unchanged, "cancelled what is not where it was seen"
-        self._cancelled(record.job_id)
+        self._cancel_seen(record, slot)
+        if again:
+            self._cancel_seen(record, slot)
 
     @precondition(lambda self: any(b"raw" not in letter for letter in self.world.dead.values()))
     @rule(pick=PICKS, slot=SLOTS, fault=FAULTS, again=st.booleans())
@@ -199,6 +194,21 @@ class ProducerRules(MachineBase):
         assert place[0] == self.keys.requests(priority)
         job = Job(run, priority, request.fingerprint(), place, request.tenant)
         self.ledger.submitted(request.job_id, job)
+
+    def look(self, job_id: str, slot: int) -> None:
+        record = self.do(self.producers[slot].job(job_id))
+        if record is not None and record.state in (JobState.QUEUED, JobState.DELAYED):
+            self.records = [*self.records, record][-6:]
+
+    def _cancel_seen(self, record: JobRecord, slot: int) -> None:
+        job, found = self.ledger.jobs[record.job_id], self.world.jobs[record.job_id]
+        now = job.run, job.state, job.attempts, found["entry_id"].decode()
+        fits = now == (record.run, record.state, record.attempt, record.entry_id)
+        event, payload = cancellation(record, NOW)
+        ended = self.do(self.producers[slot].cancel_waiting(record, event, payload))
+        assert ended == (fits or found.get("event") == event.encode())
+        assert fits != self.unchanged, "cancelled what is not where it was seen"
+        self._cancelled(record.job_id)
 
     def _cancelled(self, job_id: str) -> None:
         """Takes note of what a cancellation did, whether its answer arrived or not."""

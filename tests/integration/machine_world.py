@@ -1,7 +1,7 @@
 """All that a Redis holds at one moment, read in one script, and a client whose commands or replies get lost."""
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from redis.asyncio import Redis
@@ -61,14 +61,10 @@ return cjson.encode(found)  -- one string: a thousand small replies take longer 
 
 
 class FaultyRedis(Redis):
-    """Loses one command, or its reply after it was carried out: the `nth` from now on. Keeps what scripts answered.
-
-    `beside` is what somebody else does just before that command.
-    """
+    """Loses one command, or its reply after it was carried out: the `nth` from now on. Keeps what scripts answered."""
 
     lost: Lost | None = None
     nth: int = 0
-    beside: Callable[[], Awaitable[object]] | None = None
     answers: list[Any]
 
     def begin_step(self, fault: Fault) -> None:
@@ -76,9 +72,6 @@ class FaultyRedis(Redis):
         self.answers = []
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        if self.nth == 0 and self.beside is not None:
-            beside, self.beside = self.beside, None
-            await beside()
         lost = self.lost if self.nth == 0 and args[0] != "SCRIPT LOAD" else None
         if lost == "request":
             self.lost = None

@@ -3,11 +3,11 @@
 from collections import Counter
 
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize
+from hypothesis.stateful import initialize, precondition, rule
 
 from consumer.queue import Intake
 from schemas.keys import Priority
-from tests.integration.machine_base import NO_FAULT
+from tests.integration.machine_base import NO_FAULT, PICKS, SLOTS, choose
 from tests.integration.machine_calls import ENDS_BY_VERDICT
 from tests.integration.machine_checks import CANARY
 from tests.integration.machine_consumers import ConsumerRules
@@ -40,6 +40,15 @@ class QueueMachine(ConsumerRules, ProducerRules):
                 self.read_and_begin(slot, NO_FAULT, again=False)
                 for step in STAGES[stage]:
                     self.fenced(self.holds[-1], step)
+
+    @precondition(lambda self: self.world.delayed)
+    @rule(pick=PICKS, slot=SLOTS)
+    def promote_what_is_to_be_cancelled(self, pick: int, slot: int) -> None:
+        """It is still called delayed when it is back in its stream: somebody may have looked before."""
+        job_id = choose(list(self.world.delayed), pick)
+        self.look(job_id, slot)
+        self.do(self.producers[slot].ask_to_cancel(job_id))
+        self.promote(slot, pick, NO_FAULT, ripe=True)
 
     def teardown(self) -> None:
         try:

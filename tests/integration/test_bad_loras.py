@@ -40,7 +40,9 @@ class FilesOnDisk(FakeFetcher):
 
     @asynccontextmanager
     async def fetch(self, ref: LoraRef) -> AsyncIterator[Path]:
-        yield FILES[Path(ref.name).stem].write(self.folder)
+        folder = self.folder / Path(ref.name).stem  # two jobs are prepared at once
+        folder.mkdir(exist_ok=True)
+        yield FILES[folder.name].write(folder)
 
 
 @pytest.fixture

@@ -305,7 +305,7 @@ async def storage_findings(url: str, redis_at: RedisServer, tmp_path: Path) -> d
 async def test_wrong_credentials_are_told_as_such(redis_at: RedisServer, stub: S3Stub, tmp_path: Path) -> None:
     findings = await storage_findings(stub.url, redis_at, tmp_path)
     assert findings["write"].verdict is Verdict.FAIL
-    assert findings["write"].found == "the storage answered 403 AccessDenied"
+    assert findings["write"].found == "the storage answered 403 SignatureDoesNotMatch"
     assert "R2_ACCESS_KEY_ID" in (findings["write"].hint or "")
     assert [seen.method for seen in stub.seen] == ["PUT"]
 

@@ -300,6 +300,18 @@ async def test_two_jobs_whose_entries_share_an_id_are_both_done(bench: Bench) ->
     assert [event["data"]["attempt"] for event in events] == [1] * 4
 
 
+async def test_a_job_in_hand_is_not_begun_again_when_its_group_is_made_anew(bench: Bench) -> None:
+    """Guards `not in self._keeper.leases_held` in Worker._next: the new group delivers the entry to its owner again."""
+    bench.engine.step_s = 0.05
+    await publish(bench.redis, bench.keys, a_request("a", steps=20))
+    async with bench.working():
+        await bench.started("a")
+        await bench.redis.xgroup_destroy(bench.keys.requests(Priority.NORMAL), CONSUMER_GROUP)
+        await publish(bench.redis, bench.keys, a_request("b", steps=20))
+        await bench.ended("a", "b")
+    assert [line for line in bench.engine.log if line.startswith("draw ")] == ["draw a", "draw b"]
+
+
 async def test_leases_are_renewed_though_the_heartbeat_is_refused(bench: Bench) -> None:
     bench.engine.step_s = 0.05
     await bench.redis.set(bench.keys.consumers, "not a sorted set")
