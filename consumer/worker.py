@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +10,7 @@ from redis.exceptions import RedisError
 
 from consumer.attempt import Attempt
 from consumer.errors import HandedBack, ModelBroken
+from consumer.handing_back import HandBack
 from consumer.keeper import Keeper
 from consumer.outage import until_answered
 from consumer.outcomes import Outcomes
@@ -50,6 +50,7 @@ class Worker:
         self._outcomes = outcomes
         self._settings = settings
         self._deliveries = asyncio.Semaphore(_PARALLEL_DELIVERIES)
+        self._hand_back = HandBack(intake, leases)
         self._backlog: deque[Delivery] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = Stop()
@@ -224,7 +225,7 @@ class Worker:
                 attempt.stop(HandedBack())
         while self._backlog:
             self._keeper.drop(self._backlog.popleft().place)
-        await self._release_unheld()
+        await self._hand_back.unheld(self._keeper.leases_held)
         tasks = asyncio.gather(*self._tasks, return_exceptions=True)
         urgent = asyncio.ensure_future(self._stop.urgent.wait())
         waiting: set[asyncio.Future[Any]] = {tasks, urgent}
@@ -235,21 +236,5 @@ class Worker:
         await asyncio.wait(waiting - {urgent}, timeout=_ABANDON_AFTER_S)
         abandoned = list(self._keeper.leases_held.values())
         tasks.cancel()
-        await self._release(abandoned)
-        await self._release_unheld()
-
-    async def _release_unheld(self) -> None:
-        """Hands back what is pending under our name and in nobody's hands here, lost deliveries included."""
-        try:
-            unheld = await self._intake.unseen(self._keeper.leases_held)
-        except RedisError as error:
-            log.warning("redis.out_of_reach", step="reread", error=type(error).__name__)
-            return
-        await self._release([Lease(delivery) for delivery in unheld])
-
-    async def _release(self, leases: Iterable[Lease]) -> None:
-        try:
-            for lease in leases:
-                await self._leases.release(lease)
-        except RedisError as error:
-            log.warning("redis.out_of_reach", step="release", error=type(error).__name__)
+        await self._hand_back.all(abandoned)
+        await self._hand_back.unheld(self._keeper.leases_held)

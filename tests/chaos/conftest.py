@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.invariants import verify
 from tests.chaos.report import Result, note
 from tests.chaos.world import World, a_world
 
@@ -23,7 +24,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         if request.node.stash.get(_FAILED, False):
             return
         assert world.injections, "nothing was injected"
-        counts = world.verify(forgot=fault.kwargs.get("forgot", False))
+        counts = verify(world, forgot=fault.kwargs.get("forgot", False))
         note(Result(number, name, world.injections, world.recoveries_s, counts))
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.invariants import verify
 from tests.chaos.load import Load, upload_path
 from tests.chaos.random_faults import Fault, RandomFaults
 from tests.chaos.report import Result, note
@@ -160,7 +161,7 @@ class Soak:
 
     def verify(self) -> dict[str, int]:
         """The world's invariants, and those of this mix of jobs. Raises AssertionError."""
-        counts = self.world.verify()
+        counts = verify(self.world)
         for event in (event for event in self.world.events() if event["type"] in TERMINAL):
             self._verify_end(event["type"], event["data"])
         return counts

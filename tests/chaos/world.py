@@ -1,6 +1,5 @@
 """One fault's world: a Redis with an AOF behind a proxy, an S3 that checks signatures, and consumers as processes."""
 
-import hashlib
 import json
 import os
 import signal
@@ -57,6 +56,12 @@ class Consumer:
 
     def said(self, text: str) -> bool:
         return text.encode() in self.log.read_bytes()
+
+    def open_files(self) -> int:
+        return int(psutil.Process(self.process.pid).num_fds())
+
+    def memory_bytes(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
 
 
 @dataclass
@@ -199,75 +204,6 @@ class World:
                 consumer.wait(15)
             except subprocess.TimeoutExpired:
                 consumer.kill()
-
-    def open_files(self, consumer: Consumer) -> int:
-        return int(psutil.Process(consumer.process.pid).num_fds())
-
-    # --- the invariants ---
-
-    def verify(self, *, forgot: bool = False) -> dict[str, int]:
-        """Checks every invariant once all accepted jobs have ended; what is counted goes into the table.
-
-        `forgot`: Redis itself has lost what it had acknowledged, so only what it still knows is held to them.
-        """
-        self.stop_consumers()
-        events = self.events()
-        ended = Counter(
-            (event["data"]["job_id"], event["data"]["run"]) for event in events if event["type"] in TERMINAL
-        )
-        lost = [job_id for job_id in self.accepted if not any(job_id == ended_id for ended_id, _ in ended)]
-        twice = [job for job, times in ended.items() if times > 1]
-        leaks = self.leaks()
-        if not forgot:
-            assert not lost, (lost, self.logs())
-            assert not self._repeated(events), self._repeated(events)
-        assert not twice, twice
-        assert not leaks, leaks
-        assert all(event["data"]["attempt"] <= MAX_ATTEMPTS for event in events)
-        self._verify_places()
-        self._verify_pictures(events)
-        drawn = self.executions()
-        return {
-            "lost": len(lost),
-            "duplicate_publications": len(twice),
-            "duplicate_executions": sum(times - 1 for times in drawn.values()),
-            "leaked_signatures": len(leaks),
-        }
-
-    def _repeated(self, events: list[dict[str, Any]]) -> list[str]:
-        """Ids that were published twice. An attempt that was handed back is not counted: its number starts again."""
-        times = Counter(event["id"] for event in events)
-        for key in self.redis.scan_iter(self.keys.job("*")):
-            handbacks = int(self.redis.hget(key, "handbacks") or 0)
-            for event_id in [one for one in times if one.startswith(f"{key.decode().rsplit(':', 1)[1]}:")]:
-                times[event_id] -= handbacks if ":started:" in event_id else 0
-        return [event_id for event_id, often in times.items() if often > 1]
-
-    def _verify_places(self) -> None:
-        """Nothing is left waiting: every job that Redis knows is done, and in no other place."""
-        for stream in self.keys.request_streams:
-            assert self.redis.xlen(stream) == 0, stream
-        assert self.redis.zcard(self.keys.delayed) == 0
-        forgotten = {self.keys.job(job_id).encode() for job_id in self.forgotten}
-        for key in set(self.redis.scan_iter(self.keys.job("*"))) - forgotten:
-            assert self.redis.hget(key, "state") in (b"succeeded", b"failed", b"cancelled"), key
-
-    def _verify_pictures(self, events: list[dict[str, Any]]) -> None:
-        """One object for each picture, and it is the one that its event names."""
-        for data in (event["data"] for event in events if event["type"] == "generation.succeeded"):
-            if data["image_key"] is not None:
-                stored = self.store.objects[f"/{BUCKET}/{data['image_key']}"]
-                assert hashlib.sha256(stored.body).hexdigest() == data["image_sha256"], data["job_id"]
-        pictures = [path for path in self.store.objects if path.startswith(f"/{BUCKET}/images/")]
-        assert len(pictures) <= len(self.accepted) + len(self.forgotten)
-
-    def leaks(self) -> list[str]:
-        """Where a presigned query can be read: in a log, or in a value that Redis keeps."""
-        found = [str(one.log) for one in self.consumers if b"X-Amz-Signature" in one.log.read_bytes()]
-        for key in self.redis.scan_iter("*"):
-            if b"X-Amz-Signature" in (self.redis.dump(key) or b""):
-                found.append(key.decode())
-        return found
 
 
 @contextmanager

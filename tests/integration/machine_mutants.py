@@ -1,7 +1,7 @@
 """The mechanisms of the queue's scripts, one by one: with any of these lines taken out the machine goes red.
 
-Most do within the 70 examples of `make test`. A few need what seldom happens, and up to 600 of `make chaos`: RETRY's
-token, a job promoted twice, CANCEL_WAITING's look at state, entry and its own event, runs that SUBMIT must not skip.
+Most do within the 70 examples of `make test`. A few need what seldom happens, and up to 600 examples: RETRY's token, a
+job promoted twice, CANCEL_WAITING's look at the state, the run number in SUBMIT, a BEGIN that renews nothing.
 Not in the list is what another line guards as well: BEGIN's look whether the owned run has ended (its entry is gone
 then), and CANCEL_WAITING's at run and attempt (each has an entry of its own).
 """
