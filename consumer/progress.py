@@ -22,18 +22,14 @@ class ProgressWriter:
         self._attempt = attempt
         self._leases = leases
         self._clock = clock
-        self._started_at = self._stepped_at = clock()
+        self._started_at = clock()
+        self.step = 0
         self._latest: tuple[int, int] | None = None
         self._news = asyncio.Event()
         self._ended = False
 
-    @property
-    def idle_s(self) -> float:
-        """Seconds since the last step, or since the beginning."""
-        return self._clock() - self._stepped_at
-
     def note(self, step: int, total: int) -> None:
-        self._stepped_at = self._clock()
+        self.step = step
         self._latest = (step, total)
         self._news.set()
 

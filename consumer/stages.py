@@ -31,6 +31,8 @@ from schemas import events
 from schemas.events import GenerationMetadata, ModelInfo, StartedData, SucceededData, Timings
 from schemas.requests import GenerationRequest, LoraRef
 
+_LOOKS = 20  # at a picture that comes no step further
+
 log = structlog.get_logger(__name__)
 
 
@@ -157,12 +159,21 @@ class Stages:
 
         # Never cancelled from outside, since a thread cannot be: the step callback ends it.
         drawing = loop.run_in_executor(self._gpu_thread, self._generate, attempt.request, loras, on_step)
-        while not drawing.done():
-            await asyncio.wait({drawing}, timeout=self._stall_s - progress.idle_s)
-            if not drawing.done() and progress.idle_s >= self._stall_s:
-                drawing.add_done_callback(_ignore)
-                raise ModelBroken(f"the picture came no step further within {self._stall_s:g} s")
+        if not await self._comes_on(drawing, progress):
+            drawing.add_done_callback(_ignore)
+            raise ModelBroken(f"the picture came no step further within {self._stall_s:g} s")
         return drawing.result()
+
+    async def _comes_on(self, drawing: asyncio.Future[GeneratedImage], progress: ProgressWriter) -> bool:
+        """Waits until the picture is drawn; False if no step has come within `stall_s`.
+
+        Looks are counted, not time: a process that was frozen has not waited for anything.
+        """
+        step, looks_left = -1, _LOOKS
+        while not drawing.done() and looks_left:
+            await asyncio.wait({drawing}, timeout=self._stall_s / _LOOKS)
+            step, looks_left = (step, looks_left - 1) if progress.step == step else (progress.step, _LOOKS)
+        return drawing.done()
 
     def _generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
         with failpoints.around("generate"):

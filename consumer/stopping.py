@@ -25,13 +25,15 @@ class Stop:
         """The result of `work`; None when asked to stop first, after which it has `grace_s` before it is cancelled."""
         task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self.asked.wait())
         waiting: set[asyncio.Future[Any]] = {task, asked}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            await asyncio.wait({task}, timeout=grace_s)
-        asked.cancel()
-        if task.done():
-            return task.result()
-        await end(task)
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await asyncio.wait({task}, timeout=grace_s)
+            if task.done():
+                return task.result()
+        finally:
+            asked.cancel()
+            await end(task)
         return None
 
 

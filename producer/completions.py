@@ -11,13 +11,12 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from producer import scripts
 from producer.queue import StreamEntry
 from producer.stream_ids import stream_time
+from schemas import lua
 from schemas.events import Event, EventError, decode_event, is_terminal
 from schemas.fields import is_job_id
 from schemas.keys import IDLE_NAME_MS, Keys
-from schemas.lua import FORGET_IDLE_NAMES
 from schemas.redact import redact_bytes
 from schemas.requests import RequestError, decode_request
 
@@ -127,8 +126,8 @@ class Completions:
         self._group = group
         self._name = name
         self._own_first = True
-        self._trim = redis.register_script(scripts.TRIM_COMPLETIONS)
-        self._forget_idle_names = redis.register_script(FORGET_IDLE_NAMES)
+        self._trim = redis.register_script(lua.TRIM_COMPLETIONS)
+        self._forget_idle_names = redis.register_script(lua.FORGET_IDLE_NAMES)
 
     async def ensure_group(self) -> None:
         """Creates the group, from the stream's first entry on; removes names that killed listeners left in it."""

@@ -1,33 +1,8 @@
 """The backend's atomic steps, as Lua for Redis 6.2 and newer. Each may be sent twice and recognises its own work."""
 
-from schemas.lua import IS_TERMINAL, PRELUDE
+from schemas.lua import IS_TERMINAL, PRELUDE, TRIM
 
 DRAIN_WINDOW_MS = 600_000
-
-# Trims a stream to what some group has not acknowledged; with no group, not at all. Returns the name of the group that
-# is furthest behind, '' where there is none, and how many entries went.
-_TRIM = """
-local function earlier(a, b)
-  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
-  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
-  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
-  return tonumber(a_seq) < tonumber(b_seq)
-end
-
-local function trim(stream)
-  local slowest = nil
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local info = {}
-    for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
-    local needs = info['last-delivered-id']
-    local pending = redis.call('XPENDING', stream, info['name'])
-    if pending[1] > 0 then needs = pending[2] end
-    if slowest == nil or earlier(needs, slowest.needs) then slowest = {name = info['name'], needs = needs} end
-  end
-  if slowest == nil then return '', 0 end
-  return slowest.name, redis.call('XTRIM', stream, 'MINID', slowest.needs)
-end
-"""
 
 _ENQUEUE = """
 local function depth(streams, delayed)
@@ -91,7 +66,7 @@ end
 SUBMIT = (
     PRELUDE
     + _ENQUEUE
-    + _TRIM
+    + TRIM
     + _REFUSAL
     + """
 local job, stream, delayed, cancel, progress = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -166,15 +141,5 @@ redis.call('XACK', stream, group, entry_id)
 redis.call('XDEL', stream, entry_id)
 end_run(job, cancel, progress, completions, ended, tenants, run)
 return 'ended'
-"""
-)
-
-# Trims the completions that every group has acknowledged; with no group, none. Returns how many went.
-TRIM_COMPLETIONS = (
-    _TRIM
-    + """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-local _, trimmed = trim(KEYS[1])
-return trimmed
 """
 )

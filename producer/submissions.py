@@ -50,7 +50,7 @@ def submitted(reply: Any, limits: QueueLimits) -> Submitted:
             share = min(1.0, answer.run / waiting) if waiting else 1.0
             retry_after = seconds_until_room(answer.run, limits.per_tenant, rate and rate * share)
         case _:
-            retry_after = _UNHEARD_S
+            return answer._replace(state="", group=answer.state, retry_after=_UNHEARD_S if answer.state else None)
     return answer._replace(state="", group=answer.state, retry_after=retry_after)
 
 

@@ -56,3 +56,38 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
 end
 return forgotten
 """
+
+# Trims a stream to what some group has not acknowledged; with no group, not at all. Returns the name of the group that
+# is furthest behind, '' where there is none, and how many entries went.
+TRIM = """
+local function earlier(a, b)
+  local a_ms, a_seq = string.match(a, '^(%d+)-(%d+)$')
+  local b_ms, b_seq = string.match(b, '^(%d+)-(%d+)$')
+  if a_ms ~= b_ms then return tonumber(a_ms) < tonumber(b_ms) end
+  return tonumber(a_seq) < tonumber(b_seq)
+end
+
+local function trim(stream)
+  local slowest = nil
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local info = {}
+    for i = 1, #group, 2 do info[group[i]] = group[i + 1] end
+    local needs = info['last-delivered-id']
+    local pending = redis.call('XPENDING', stream, info['name'])
+    if pending[1] > 0 then needs = pending[2] end
+    if slowest == nil or earlier(needs, slowest.needs) then slowest = {name = info['name'], needs = needs} end
+  end
+  if slowest == nil then return '', 0 end
+  return slowest.name, redis.call('XTRIM', stream, 'MINID', slowest.needs)
+end
+"""
+
+# Trims the completions that every group has acknowledged; with no group, none. Returns how many went.
+TRIM_COMPLETIONS = (
+    TRIM
+    + """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+local _, trimmed = trim(KEYS[1])
+return trimmed
+"""
+)

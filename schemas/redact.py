@@ -16,7 +16,7 @@ _FLAGS = re.IGNORECASE | re.ASCII
 # one in a long word would else begin anew at each of its letters.
 _SEPARATOR = r"(?::|\\{1,8}u003a)(?:\\*(?:/|u002f)){2}"
 _URL = re.compile(rf"[a-z][a-z0-9+.-]{{0,20}}{_SEPARATOR}[^\s\"'<>`]*", _FLAGS)
-_USERINFO = re.compile(rf"({_SEPARATOR})[^/\\]*@", _FLAGS)
+_USERINFO = re.compile(rf"({_SEPARATOR})[^/\\?#]*(?:@|\\{{1,8}}u0040)", _FLAGS)
 # `reprlib`, and so asyncio, leaves out the middle of a long URL, its question mark with it.
 _QUERY_AND_FRAGMENT = re.compile(r"(?:[?#]|\\u003f|\\u0023|\.\.\.).*", re.DOTALL | _FLAGS)
 
@@ -37,14 +37,19 @@ _NAME = re.compile(rf".*{_NAMES}", _FLAGS)
 
 def redact_text(text: str) -> str:
     """Returns `text` with the query, fragment and userinfo of every URL removed, and other secrets replaced."""
-    text = _URL.sub(lambda match: _USERINFO.sub(r"\1", _QUERY_AND_FRAGMENT.sub("", match[0])), text)
+    text = _URL.sub(lambda match: _QUERY_AND_FRAGMENT.sub("", _USERINFO.sub(r"\1", match[0])), text)
     text = _NAMED_SECRET.sub(lambda match: f"{match['head']}{match['quote'] or ''}{REDACTED}", text)
     return _BARE_SECRET.sub(lambda match: f"{match['head']}{REDACTED}", text)
 
 
 def redact_bytes(raw: bytes) -> bytes:
-    """`redact_text` for bytes in any encoding that extends ASCII: other bytes come back as they were."""
-    return redact_text(raw.decode("latin-1")).encode("latin-1")
+    """`redact_text` for bytes in any encoding that extends ASCII: other bytes come back as they were.
+
+    In UTF-16 and UTF-32 secrets stand between NULs: where there are any, the text comes back without its NULs.
+    """
+    text = raw.decode("latin-1")
+    redacted, bare = redact_text(text), redact_text(text.replace("\0", ""))
+    return (redacted if redacted.replace("\0", "") == bare else bare).encode("latin-1")
 
 
 def redact_value(value: Any) -> Any:

@@ -52,7 +52,8 @@ class StoredObject:
 
 @dataclass
 class S3Stub:
-    """`url` has no path; `objects` are keyed by path (`/bucket/key`); `seen` is every request in order.
+    """`url` has no path; `objects` are keyed by path (`/bucket/key`); `seen` is every request in order, `signatures`
+    those of all URLs that were signed here.
 
     `trouble`: what every request gets while it is set, whatever its path.
     """
@@ -60,6 +61,7 @@ class S3Stub:
     url: str = ""
     objects: dict[str, StoredObject] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
+    signatures: set[str] = field(default_factory=set)
     trouble: Reply | None = None
     _scripts: dict[str, deque[Reply]] = field(default_factory=dict)
 
@@ -81,7 +83,9 @@ class S3Stub:
             "X-Amz-SignedHeaders": "host",
         }
         url = f"{self.url}{quote(path)}?{urlencode(query)}"
-        return f"{url}&X-Amz-Signature={_signature(method, url, stamp, {})}"
+        signature = _signature(method, url, stamp, {})
+        self.signatures.add(signature)
+        return f"{url}&X-Amz-Signature={signature}"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()

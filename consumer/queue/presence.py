@@ -6,6 +6,7 @@ from redis.asyncio import Redis
 
 from consumer.queue import scripts
 from consumer.queue.connection import server_time_ms
+from schemas import lua
 from schemas.keys import CONSUMER_GROUP, Keys
 
 _RECORD_TTL_MS = 3_600_000
@@ -19,9 +20,14 @@ class Presence:
         self._keys = keys
         self._name = name
         self._leave = redis.register_script(scripts.LEAVE)
+        self._trim = redis.register_script(lua.TRIM_COMPLETIONS)
 
     async def heartbeat(self, record: Mapping[str, str]) -> None:
-        """Says that this consumer lives, and what it does. Forgets those that have been silent for an hour."""
+        """Says that this consumer lives, and what it does.
+
+        Forgets the consumers that have been silent for an hour, and the events that every group has acknowledged: a
+        backend of another language may have nobody else who does.
+        """
         now_ms = server_time_ms(await self._redis.time())
         pipe = self._redis.pipeline(transaction=True)
         pipe.zadd(self._keys.consumers, {self._name: now_ms})
@@ -29,6 +35,7 @@ class Presence:
         pipe.hset(self._keys.consumer(self._name), mapping=dict(record.items()))
         pipe.pexpire(self._keys.consumer(self._name), _RECORD_TTL_MS)
         await pipe.execute()
+        await self._trim(keys=[self._keys.completions])
 
     async def leave(self) -> None:
         """Removes this consumer from the living, and from the groups in which it holds nothing."""

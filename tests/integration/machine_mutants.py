@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from consumer.queue import scripts as consumer_scripts
 from producer import scripts as producer_scripts
+from schemas import lua
 
 
 class Mutant(NamedTuple):
@@ -161,7 +162,7 @@ MUTANTS = [
     ),
     *_of(producer_scripts, "ASK_TO_CANCEL", ("an ended job, too", "if not is_terminal(state) then", "if true then")),
     *_of(
-        producer_scripts,
+        lua,
         "TRIM_COMPLETIONS",
         ("what is pending", "if pending[1] > 0 then", "if false then"),
         ("what one group needs", "if slowest == nil or earlier(needs, slowest.needs) then", "if true then"),

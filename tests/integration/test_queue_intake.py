@@ -186,6 +186,20 @@ async def test_a_consumer_is_seen_among_the_living_until_it_leaves(redis: Redis,
     assert await redis.exists(keys.consumer("ann")) == 0
 
 
+async def test_a_consumer_that_lives_removes_the_events_that_every_group_has_acknowledged(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    """Guards the trimming in `Presence.heartbeat`."""
+    ids = [await redis.xadd(keys.completions, {"payload": "{}"}) for _ in range(3)]
+    await ann.presence.heartbeat({"gpu": "cpu"})
+    assert await redis.xlen(keys.completions) == 3  # nobody has read them
+    await redis.xgroup_create(keys.completions, "backend", id="0")
+    await redis.xreadgroup("backend", "eve", {keys.completions: ">"})
+    await redis.xack(keys.completions, "backend", *ids[:2])
+    await ann.presence.heartbeat({"gpu": "cpu"})
+    assert [entry_id for entry_id, _ in await entries(redis, keys.completions)] == ids[2:]
+
+
 async def test_leaving_drops_nothing_that_is_still_pending(
     redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
 ) -> None:

@@ -366,9 +366,8 @@ FORBIDDEN = {
         "touch the webhooks": "DEL rq:queue:sdxl-webhooks",
     },
     "consumer": {
-        "read the completions of a listener's group by its name": "XINFO GROUPS {sdxl}:completions",
+        "read the completions": "XREAD STREAMS {sdxl}:completions 0",
         "destroy a group": "XGROUP DESTROY {sdxl}:completions listeners",
-        "trim the completions": "XTRIM {sdxl}:completions MAXLEN 0",
         "ask for a cancellation": "SET {sdxl}:cancel:a 1",
         "read a whole job": "HGETALL {sdxl}:job:a",
         "play a waiter": "ZADD {sdxl}:waiters:a 1 eve",

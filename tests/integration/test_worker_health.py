@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from consumer.errors import GenerationFailed, GpuOutOfMemory, LoraUrlExpired, ModelBroken
 from demo.servers import RedisServer
 from schemas.keys import Keys
-from tests.integration.queue_kit import a_request, job, publish
+from tests.integration.queue_kit import a_request, job, publish, where_is
 from tests.integration.worker_kit import Bench, of_job
 
 
@@ -105,3 +105,16 @@ async def test_a_consumer_that_cannot_keep_its_leases_hands_everything_back_and_
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(running, 15)
     assert (await job(bench.redis, bench.keys, "a"))["attempt"] == "0"
+
+
+async def test_a_cancelled_worker_takes_nothing_any_more(bench: Bench) -> None:
+    """Guards `end` in `Stop.unless_asked`: a read that went on would take the next entry for nobody."""
+    async with bench.worker("ann") as worker:
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(0.3)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await publish(bench.redis, bench.keys, a_request("a"))
+        await asyncio.sleep(1.0)
+        assert await where_is(bench.redis, bench.keys, "a") == ["stream"]

@@ -25,6 +25,9 @@ SIGNED_URLS = [
     f"rediss://:{SECRET}@redis.example:6379/0?ssl_cert_reqs=none",
     f"postgresql+psycopg://app:{SECRET}@db.example/app",
     f"s3+http://host/a?{SECRET}",
+    f"redis://:x...{SECRET}@host:6379/0",
+    f"https://user:{SECRET}...x@host/a",
+    f"https://user:{SECRET}\\u0040host/a",
     f"https://host/a\\u003fx={SECRET}",
     f"https://host/a\\U003F{SECRET}",
     f"https://host/a\\u0023{SECRET}",
@@ -269,3 +272,14 @@ def test_values_without_a_secret_come_back_equal() -> None:
 def test_a_url_without_its_query_names_the_object(url: str, named: str) -> None:
     assert without_query(url) == named
     assert without_query(named) == named
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le", "utf-32-be"])
+def test_no_secret_gets_through_in_an_encoding_with_nuls(encoding: str) -> None:
+    """Guards the second look of `redact_bytes`."""
+    raw = f'{{"lora_url": "https://account.r2.example/a?X-Amz-Signature={SECRET}"}}'.encode(encoding)
+    assert SECRET not in redact_bytes(raw).replace(b"\0", b"").decode("latin-1")
+
+
+def test_bytes_with_a_nul_and_no_secret_behind_it_stay_as_they_are() -> None:
+    assert redact_bytes(b"a\0b https://host/a?b=c \xff") == b"a\0b https://host/a \xff"

@@ -57,8 +57,9 @@ def test_the_rate_is_that_of_the_ends_since_the_first_of_them(ends: int, since_s
         ([b"tenant_full", 20, b"", 0, 11, 10_000], Submitted("tenant_full", 20, "", retry_after=1)),
         ([b"tenant_full", 20, b"", 100, 1, 10_000], Submitted("tenant_full", 20, "", retry_after=30)),
         ([b"unheard", 1000, b"audit", 3, 0, 0], Submitted("unheard", 1000, "", "audit", 60)),
+        ([b"unheard", 1000, b"", 3, 0, 0], Submitted("unheard", 1000, "")),
     ],
-    ids=["accepted", "full", "a fifth", "all the tenant's", "none waits", "unmeasured", "unheard"],
+    ids=["accepted", "full", "a fifth", "all the tenant's", "none waits", "unmeasured", "unheard", "nobody listens"],
 )
 def test_a_reply_is_read_with_the_limits_in_force(reply: list[Any], answer: Submitted) -> None:
     assert submitted(reply, LIMITS) == answer
