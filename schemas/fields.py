@@ -70,6 +70,8 @@ def _check_url(url: str) -> str:
 def _check_object_key(key: str) -> str:
     if ".." in key or key.startswith("/") or any(unicodedata.category(character) == "Cc" for character in key):
         raise refuse("object_key", "is not an object key: no '..', no leading '/', no control characters")
+    if "://" in key:  # with its signature, perhaps, and nobody takes signatures out of keys
+        raise refuse("object_key", "is a URL, and no object key")
     if len(key.encode()) > 1024:
         raise refuse("object_key", "is longer than 1024 bytes")
     return key

@@ -93,13 +93,16 @@ START = (
     + """
 local stream, job, cancel, completions = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local group, entry_id, consumer, lease, job_id, event = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local held = redis.call('HMGET', job, 'lease', 'state')
+local held = redis.call('HMGET', job, 'lease', 'state', 'attempt', 'started')
 if held[1] ~= lease or not is_owner(stream, group, entry_id, consumer) then return 'lost' end
 if redis.call('EXISTS', cancel) == 1 then return 'cancel' end
 if held[2] ~= 'running' then
   renew(stream, group, entry_id, consumer)  -- first, since Redis at maxmemory refuses a script that begins with HSET
-  redis.call('HSET', job, 'state', 'running')
-  redis.call('XADD', completions, '*', 'type', 'generation.started', 'job_id', job_id, 'payload', event)
+  redis.call('HSET', job, 'state', 'running', 'started', held[3])
+  -- An attempt that was handed back is not counted: its number, and so its event's id, come again.
+  if held[4] ~= held[3] then
+    redis.call('XADD', completions, '*', 'type', 'generation.started', 'job_id', job_id, 'payload', event)
+  end
 end
 return 'ok'
 """

@@ -99,7 +99,7 @@ def _each_ended_run_has_one_event(ledger: Ledger, history: History) -> None:
     terminal = history.of(*ENDED)
     found = Counter((event["data"]["job_id"], event["data"]["run"], event["type"]) for event in terminal)
     assert found == Counter((job_id, run, f"generation.{state}") for (job_id, run), state in ledger.ended.items())
-    ids = Counter(event["id"] for event in [*terminal, *history.of("retrying")])
+    ids = Counter(event["id"] for event in [*terminal, *history.of("retrying", "started")])
     assert not ids or max(ids.values()) == 1, "an event was published twice"
 
 

@@ -194,6 +194,21 @@ async def test_a_handed_back_run_keeps_its_place_and_its_attempts(
     assert (begun.verdict, begun.attempt) == ("ok", 1)
 
 
+async def test_an_attempt_that_is_made_again_after_a_hand_back_is_announced_once(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    """Guards `started` in START: an uncounted attempt's number comes again, and with it the event's id."""
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    assert await ann.leases.start(lease, started(lease)) is Held.OK
+    await ann.leases.release(lease)
+    [delivery] = await bob.intake.reclaim(())
+    again, begun = await bob.begin(delivery)
+    assert (begun.attempt, await bob.leases.start(again, started(again))) == (1, Held.OK)
+    assert (await job(redis, keys))["state"] == "running"
+    assert [event["type"] for event in await completions(redis, keys)] == ["generation.started"]
+
+
 async def test_a_job_that_kills_its_consumers_ends_without_being_run_again(
     redis: Redis, keys: Keys, ann: FakeConsumer
 ) -> None:

@@ -1,6 +1,7 @@
 """How `python -m consumer` comes to its end, as a process."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
+from tests.chaos.world import World, a_world
 from tests.integration.wire_kit import BUCKET, consuming
 
 
@@ -17,49 +19,52 @@ def s3(s3_at: S3Server) -> S3Server:
     return s3_at
 
 
-def test_a_terminated_consumer_ends_its_job_hands_back_the_rest_and_exits_with_0(
-    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
-) -> None:
-    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
-        wire.add("running", steps=30)
-        wire.add("prepared")
-        wire.add("waiting")
-        wire.until(lambda: wire.of("running"))
-        assert wire.stop() == 0
-        wire.poll()
-        assert [event["type"] for event in wire.events] == ["generation.started", "generation.succeeded"]
-        assert wire.redis.hget(wire.keys.job("prepared"), "attempt") in (b"0", None)
-        assert wire.redis.zcard(wire.keys.consumers) == 0
-    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
-        # at once, though the lease is 5 s: what is handed back waits for nobody's lease
-        events = wire.wait("prepared", "waiting")
-        assert [event["data"]["attempt"] for event in events.values()] == [1, 1]
-        assert wire.redis.xlen(wire.keys.request_streams[1]) == 0
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """Consumers that draw without a model."""
+    with a_world(tmp_path) as world:
+        yield world
 
 
-def test_a_consumer_terminated_twice_hands_its_running_job_back_uncounted(
-    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
-) -> None:
-    with consuming(redis_at, s3, tiny_model, tmp_path, keys) as wire:
-        wire.add("running", steps=50, width=1024, height=1024, timeout=300)
-        wire.until(lambda: wire.of("running"))
-        wire.process.send_signal(signal.SIGTERM)
-        wire.until(lambda: b"consumer.draining" in wire.log.read_bytes())
-        assert wire.stop() == 0
-        assert wire.redis.hmget(wire.keys.job("running"), "state", "attempt") == [b"queued", b"0"]
+def running(world: World) -> bool:
+    return any(event["type"] == "generation.started" for event in world.events())
 
 
-def test_a_killed_consumers_job_is_done_by_the_next_one(
-    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
-) -> None:
-    with consuming(redis_at, s3, tiny_model, tmp_path, keys, SDXL_LEASE_SECONDS="1") as wire:
-        wire.add("orphan", steps=40, timeout=300)
-        wire.until(lambda: wire.of("orphan"))
-        assert wire.stop(signal.SIGKILL) != 0
-    with consuming(redis_at, s3, tiny_model, tmp_path, keys, SDXL_IDLE_EXIT_SECONDS="1") as wire:
-        event = wire.wait("orphan")["orphan"]
-        assert (event["type"], event["data"]["attempt"]) == ("generation.succeeded", 2)
-        assert wire.process.wait(20) == 0  # idle
+def test_a_terminated_consumer_ends_its_job_hands_back_the_rest_and_exits_with_0(world: World) -> None:
+    consumer = world.consumer(CHAOS_STEP_S="0.1", SDXL_LEASE_SECONDS="600")
+    world.publish("running")
+    world.until(lambda: running(world))
+    world.publish("prepared", "waiting")
+    consumer.signal(signal.SIGTERM)
+    assert consumer.wait() == 0
+    assert [event["type"] for event in world.events()] == ["generation.started", "generation.succeeded"]
+    assert world.redis.hget(world.keys.job("prepared"), "attempt") in (b"0", None)
+    assert world.redis.zcard(world.keys.consumers) == 0
+    world.consumer(SDXL_LEASE_SECONDS="600")  # at once: what is handed back waits for nobody's lease
+    ended = world.until_ended("prepared", "waiting")
+    assert [event["data"]["attempt"] for event in ended.values()] == [1, 1, 1]
+
+
+def test_a_consumer_terminated_twice_hands_its_running_job_back_uncounted(world: World) -> None:
+    consumer = world.consumer(CHAOS_STEP_S="1.0", SDXL_DRAIN_SECONDS="60")
+    world.publish("running")
+    world.until(lambda: running(world))
+    consumer.signal(signal.SIGTERM)
+    world.until(lambda: consumer.said("consumer.draining"))
+    consumer.signal(signal.SIGTERM)
+    assert consumer.wait() == 0
+    assert world.redis.hmget(world.keys.job("running"), "state", "attempt") == [b"queued", b"0"]
+
+
+def test_a_killed_consumers_job_is_done_by_the_next_one(world: World) -> None:
+    consumer = world.consumer(CHAOS_STEP_S="1.0", SDXL_LEASE_SECONDS="1")
+    world.publish("orphan")
+    world.until(lambda: running(world))
+    consumer.kill()
+    idle = world.consumer(SDXL_LEASE_SECONDS="1", SDXL_IDLE_EXIT_SECONDS="1")
+    event = world.until_ended()["orphan"]
+    assert (event["type"], event["data"]["attempt"]) == ("generation.succeeded", 2)
+    assert idle.wait() == 0  # idle
 
 
 def test_a_consumer_that_cannot_load_its_model_says_so_and_pulls_nothing(

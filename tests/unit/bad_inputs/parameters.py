@@ -60,6 +60,8 @@ CATALOGUE = [
     _case("5 KiB of metadata", REFUSED, metadata={"a": "x" * 5 * 1024}),
     _case("an output key that climbs", REFUSED, output_key="../x"),
     _case("an absolute output key", REFUSED, output_key="/x"),
+    _case("a URL for a LoRA's key", REFUSED, lora_key=SIGNED),
+    _case("a URL for an output key", REFUSED, output_key=SIGNED),
     _case("an output key of 2000 characters", REFUSED, output_key="x" * 2000),
 ]
 
