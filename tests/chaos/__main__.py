@@ -23,7 +23,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = [] if arguments.seed is None else ["--seed", str(arguments.seed)]
     parts = {
-        "faults": [*_PYTEST, "tests/chaos"],
+        "faults": [*_PYTEST, "-n", "2", "tests/chaos"],  # which wait more than they work
         "soak": ["-m", "tests.chaos.soak", "--minutes", str(arguments.minutes), *seed],
         "state machine": [*_PYTEST, "tests/integration/test_queue_machine.py"],
         "bounded memory": [*_PYTEST, "tests/integration/test_bounded_memory.py"],
