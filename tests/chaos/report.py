@@ -97,7 +97,7 @@ def show(table_rows: list[dict[str, Any]], console: Console) -> None:
 
 def document(table_rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What is written as JSON. `parts`: the exit status of each part of the run; `memory`: its samples, if it ran."""
-    parts, memory = folder / "parts.json", folder / "memory.json"
+    memory = folder / "memory.json"
     return {
         "command": "make chaos",
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -106,7 +106,7 @@ def document(table_rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
             "python": sys.version.split()[0],
             **{name: metadata.version(name) for name in _LIBRARIES},
         },
-        "parts": json.loads(parts.read_text()) if parts.exists() else {},
+        "parts": {file.stem: int(file.read_text()) for file in sorted(folder.glob("*.status"))},
         "missing_faults": missing(table_rows),
         "faults": table_rows,
         "memory": json.loads(memory.read_text()) if memory.exists() else None,

@@ -71,7 +71,8 @@ def test_what_is_noted_is_written_with_what_is_missing_and_which_parts_have_fail
     monkeypatch.setenv(report.OUT, str(tmp_path))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "chaos.json")
     note(Result(1, "Redis down at start", 1, [0.25], COUNTS))
-    (tmp_path / "parts.json").write_text('{"faults": 0, "soak": 1}')
+    (tmp_path / "faults.status").write_text("0")
+    (tmp_path / "soak.status").write_text("1")
     (tmp_path / "memory.json").write_text('{"jobs": 5}')
     assert report.main() == 1
     written = json.loads((tmp_path / "chaos.json").read_text())
