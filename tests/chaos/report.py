@@ -97,7 +97,7 @@ def show(table_rows: list[dict[str, Any]], console: Console) -> None:
 
 def document(table_rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What is written as JSON. `parts`: the exit status of each part of the run; `memory`: its samples, if it ran."""
-    memory = folder / "memory.json"
+    memory = next(folder.glob("*/memory.json"), None)
     return {
         "command": "make chaos",
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -106,18 +106,19 @@ def document(table_rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
             "python": sys.version.split()[0],
             **{name: metadata.version(name) for name in _LIBRARIES},
         },
-        "parts": {file.stem: int(file.read_text()) for file in sorted(folder.glob("*.status"))},
+        "parts": {file.parent.name: int(file.read_text()) for file in sorted(folder.glob("*/status"))},
         "missing_faults": missing(table_rows),
         "faults": table_rows,
-        "memory": json.loads(memory.read_text()) if memory.exists() else None,
+        "memory": None if memory is None else json.loads(memory.read_text()),
     }
 
 
 def main() -> int:
     """Reads what the parts have noted, prints the table, and writes it. 1 where a fault of the catalogue is missing."""
     folder = Path(os.environ[OUT])
-    noted = folder / "faults.jsonl"
-    table_rows = rows(noted.read_text().splitlines() if noted.exists() else [])
+    table_rows = rows(
+        line for noted in sorted(folder.glob("*/faults.jsonl")) for line in noted.read_text().splitlines()
+    )
     console = Console(width=None if sys.stdout.isatty() else 150)
     show(table_rows, console)
     RESULTS.write_text(json.dumps(document(table_rows, folder), indent=2) + "\n")

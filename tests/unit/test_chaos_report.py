@@ -68,12 +68,14 @@ def test_the_table_shows_counts_and_figures_and_a_dash_for_what_was_not_counted(
 def test_what_is_noted_is_written_with_what_is_missing_and_which_parts_have_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(report.OUT, str(tmp_path))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "chaos.json")
+    for part, status in (("faults", "0"), ("soak", "1")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "status").write_text(status)
+    monkeypatch.setenv(report.OUT, str(tmp_path / "faults"))
     note(Result(1, "Redis down at start", 1, [0.25], COUNTS))
-    (tmp_path / "faults.status").write_text("0")
-    (tmp_path / "soak.status").write_text("1")
-    (tmp_path / "memory.json").write_text('{"jobs": 5}')
+    (tmp_path / "soak/memory.json").write_text('{"jobs": 5}')
+    monkeypatch.setenv(report.OUT, str(tmp_path))
     assert report.main() == 1
     written = json.loads((tmp_path / "chaos.json").read_text())
     assert written["parts"] == {"faults": 0, "soak": 1}
