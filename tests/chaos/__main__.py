@@ -24,7 +24,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = [] if arguments.seed is None else ["--seed", str(arguments.seed)]
     parts = {
-        "faults": [*_PYTEST, "-n", "4", "tests/chaos"],  # which wait more than they work
+        "faults": [*_PYTEST, "-n", "3", "tests/chaos"],  # which wait more than they work
         "soak": ["-m", "tests.chaos.soak", "--minutes", str(arguments.minutes), *seed],
         "state machine": [*_PYTEST, "tests/integration/test_queue_machine.py"],
         "bounded memory": [*_PYTEST, "tests/integration/test_bounded_memory.py"],

@@ -99,8 +99,9 @@ class Backend:
         """Whether each event of the stream is in the table, and acknowledged."""
         stored = {row["event_id"] for row in self.rows("events")}
         groups: Any = self.world.redis.xinfo_groups(self.world.keys.completions)
-        [pending] = [group["pending"] for group in groups if group["name"] != _WITNESS.encode()]
-        return pending == 0 and stored >= {event["id"] for event in self.world.events()}
+        pending = [group["pending"] for group in groups if group["name"] != _WITNESS.encode()]
+        # no group: the listener is not there yet
+        return pending == [0] and stored >= {event["id"] for event in self.world.events()}
 
     def delivery(self, job_id: str) -> dict[str, Any]:
         """The row of a job's delivery; an empty one while there is none."""
