@@ -125,7 +125,8 @@ class ConsumerCalls(MachineBase):
             assert expected == "changes" or self.unchanged, f"{step} was refused, and changed something"
             assert step != "extend" or expected == "lost" or not self.world.pending[hold.place].lapsed
             if script == "retry" and expected == "changes":
-                assert self.world.delayed.get(hold.job_id, 0) > time.time() * 1000 + AN_HOUR_MS / 2, "due before its time"
+                due_ms = self.world.delayed.get(hold.job_id, 0)
+                assert due_ms > time.time() * 1000 + AN_HOUR_MS / 2, "due before its time"
             if expected == "changes" and (answer != b"cancel" or script != "start"):
                 self.ledger.changed(script, hold, ENDS.get(step), dead=step == "die")
         if again:
