@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 5
 
-.PHONY: help setup demo test chaos lint check format contract clean
+.PHONY: help setup demo test chaos bench lint check format contract clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: setup  ## run every test, in two processes
 
 chaos: setup  ## inject every fault there is a name for, then MINUTES of random ones; print and write the figures
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES)
+
+bench: setup  ## measure engines and worker with MODEL, a diffusers folder; without it small, on the CPU
+	@$(BIN)/python -m benchmarks $(if $(MODEL),--model $(MODEL))
 
 lint: setup  ## style, types, import contracts, committed contract
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Where a job's PNG goes: into the project's own bucket, or to the caller's presigned URL."""
 
+import asyncio
 import hashlib
 import json
 from dataclasses import replace
@@ -40,9 +41,8 @@ class Artifacts:
     async def store(self, attempt: Attempt, png: bytes) -> StoredArtifact:
         """Uploads `png`, or adopts what a crashed attempt of the same run has uploaded."""
         request = attempt.request
-        artifact = StoredArtifact(
-            sha256=hashlib.sha256(png).hexdigest(), size=len(png), seed=request.effective_seed, adopted=False
-        )
+        sha256 = await asyncio.to_thread(_sha256, png)
+        artifact = StoredArtifact(sha256, len(png), request.effective_seed, adopted=False)
         if request.upload_url is not None:
             return await self._put(attempt, request.upload_url, png, artifact)
         return await self._store.upload(
@@ -55,7 +55,7 @@ class Artifacts:
         Where an object stands already, it is the job's own if it has the ETag (the MD5 of a plain PUT) of what an
         attempt has noted, and then this picture takes its place. Otherwise it is somebody else's.
         """
-        etag = hashlib.md5(png, usedforsecurity=False).hexdigest()
+        etag = await asyncio.to_thread(_md5, png)
         note = json.dumps(
             {"sha256": artifact.sha256, "size": artifact.size, "seed": artifact.seed, "run": attempt.run, "etag": etag}
         )
@@ -77,3 +77,11 @@ class Artifacts:
                 raise
             # A connection that broke in the pool is no reason to draw again; if the PUT has landed, we find it there.
             return await self._uploads.put(url, png)
+
+
+def _sha256(png: bytes) -> str:
+    return hashlib.sha256(png).hexdigest()
+
+
+def _md5(png: bytes) -> str:
+    return hashlib.md5(png, usedforsecurity=False).hexdigest()

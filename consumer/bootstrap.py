@@ -3,7 +3,7 @@
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from consumer.artifacts import Artifacts
 from consumer.bucket import OwnBucket
 from consumer.engine import Engine
+from consumer.engine.fast.fields import UnknownModel
 from consumer.errors import ModelBroken
 from consumer.keeper import Keeper
 from consumer.lora.cache import LoraCache
@@ -41,16 +42,46 @@ def load_engine(settings: ConsumerSettings) -> Engine:
 
     Raises ModelBroken.
     """
-    # torch and diffusers take seconds to import: who brings an engine of another kind does without them
-    from consumer.engine.stock import StockEngine
-
-    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
-    engine = StockEngine.load(
-        settings.model, vae=settings.vae, device=settings.device, dtype=settings.dtype, hub_token=token
-    )
+    engine = _choose_engine(settings)
     engine.warm_up()
     log.info("model.loaded", base_model=engine.base_model, gpu=engine.gpu)
     return engine
+
+
+def _choose_engine(settings: ConsumerSettings) -> Engine:
+    # torch and what draws with it take seconds to import: only the engine that is chosen is paid for
+    reason = _reason_for_stock(settings)
+    if reason is None:
+        try:
+            from consumer.engine.fast.engine import FastEngine
+
+            engine = _load(FastEngine.load, settings)
+        except UnknownModel as unknown:
+            if settings.speed == "fast":
+                raise ModelBroken(f"The fast engine does not know this model: {unknown}") from None
+            reason = str(unknown)
+        else:
+            log.info("engine.chosen", engine="fast")
+            return engine
+    from consumer.engine.stock import StockEngine
+
+    log.info("engine.chosen", engine="stock", reason=reason)
+    return _load(StockEngine.load, settings)
+
+
+def _reason_for_stock(settings: ConsumerSettings) -> str | None:
+    if settings.speed == "stock":
+        return "SDXL_SPEED is stock"
+    if settings.speed == "auto" and not settings.device.startswith("cuda"):
+        return f"SDXL_DEVICE is {settings.device}"
+    if settings.speed == "auto" and settings.dtype == "float32":
+        return "SDXL_DTYPE is float32"
+    return None
+
+
+def _load(load: Callable[..., Engine], settings: ConsumerSettings) -> Engine:
+    token = None if settings.hub_token is None else settings.hub_token.get_secret_value()
+    return load(settings.model, vae=settings.vae, device=settings.device, dtype=settings.dtype, hub_token=token)
 
 
 async def record_broken_model(settings: ConsumerSettings, name: str, error: ModelBroken) -> None:

@@ -5,6 +5,7 @@
      |    +-- LoraFetchInterrupted     429, 5xx, DNS, TLS, connect, reset, fetch deadline
      |    +-- ModelBroken              the base model failed under a running consumer
      |    +-- GenerationFailed         an error during inference, a black or NaN image
+     |    +-- WeightsChanged           the model's weights were not those that the picture was asked of
      |    +-- GpuOutOfMemory
      |    +-- UploadInterrupted        the storage did not take the PNG
      |    +-- InternalError            a defect of ours
@@ -61,6 +62,10 @@ class ModelBroken(RetryableError):
 
 
 class GenerationFailed(RetryableError):
+    code = ErrorCode.GENERATION_FAILED
+
+
+class WeightsChanged(RetryableError):
     code = ErrorCode.GENERATION_FAILED
 
 

@@ -12,6 +12,7 @@ from consumer.errors import (
     JobCancelled,
     LeaseLost,
     ModelBroken,
+    WeightsChanged,
     WorkerError,
 )
 
@@ -51,5 +52,5 @@ class Health:
 def _is_suspect(error: Exception) -> bool:
     """Whether the failure may be this consumer's: what storage, LoRA files and callers do wrong is not."""
     if isinstance(error, WorkerError):
-        return isinstance(error, GenerationFailed | GpuOutOfMemory)
+        return isinstance(error, GenerationFailed | WeightsChanged | GpuOutOfMemory)
     return not isinstance(error, _NOT_OURS)

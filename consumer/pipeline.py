@@ -1,6 +1,6 @@
 """The stock diffusers pipeline: loading it, and what goes in and comes out of its denoising loop."""
 
-import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from consumer.engine import common
 from consumer.engine.protocol import Pixels
-from consumer.errors import GenerationFailed
-from schemas.redact import redact_text
 from schemas.requests import GenerationRequest
 
-_PATH = re.compile(r"(?<![\w:/.])(?:/[^\s/'\",;:)]+)+")
 _SAMPLERS = {"EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM"}
 
 
@@ -51,16 +49,10 @@ def sampler_name(pipeline: Any) -> str:
     return _SAMPLERS.get(scheduler, scheduler)
 
 
-def seeded(request: GenerationRequest) -> torch.Generator:
-    """The generator of a picture's noise: on the CPU, so that one seed is the same on every device."""
-    return torch.Generator("cpu").manual_seed(request.effective_seed)
-
-
 def noise(pipeline: Any, request: GenerationRequest, generator: torch.Generator) -> Tensor:
     """The latents to start from, [1, channels, height / 8, width / 8]: of one seed the same on every device."""
-    factor = pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, request.height // factor, request.width // factor)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipeline.device, pipeline.unet.dtype)
+    start = common.noise(request, generator, pipeline.unet.config.in_channels, pipeline.vae_scale_factor)
+    return start.to(pipeline.device, pipeline.unet.dtype)
 
 
 @torch.no_grad()
@@ -70,12 +62,10 @@ def decode(pipeline: Any, latents: Tensor) -> Pixels:
     Raises GenerationFailed for a picture with NaN or Inf, or one that is all black.
     """
     image = pipeline.vae.decode(_unscale(latents, pipeline.vae), return_dict=False)[0]
-    if not torch.isfinite(image).all():
-        raise GenerationFailed("The model drew a NaN image.")
+    common.refuse_nan(bool(torch.isfinite(image).all()))
     picture = pipeline.image_processor.postprocess(image, output_type="np")[0]
     pixels: Pixels = (picture * 255).round().astype(np.uint8)
-    if not pixels.any():
-        raise GenerationFailed("The model drew a black image.")
+    common.refuse_black(pixels)
     return pixels
 
 
@@ -91,17 +81,9 @@ def _unscale(latents: Tensor, vae: Any) -> Tensor:
 
 def cut_prompts(pipeline: Any, request: GenerationRequest) -> list[str]:
     """A warning for each prompt that is longer than a text encoder reads."""
-    warnings = []
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-            tokens, limit = len(tokenizer(text).input_ids), tokenizer.model_max_length
-            if tokens > limit:
-                warnings.append(f"{name} has {tokens} tokens and was cut at {limit}")
-                break
-    return warnings
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    return common.cut_prompts(request, [(partial(_count, each), each.model_max_length) for each in tokenizers])
 
 
-def describe(error: Exception) -> str:
-    """An exception of a library, fit for an event: no secrets, no paths of this machine, not too long."""
-    text = _PATH.sub("[path]", redact_text(str(error)))
-    return f"{type(error).__name__}: {text}"[:500]
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text).input_ids)

@@ -22,6 +22,7 @@ class ConsumerSettings(BaseSettings):
     vae: str | None = Field(None, alias="SDXL_VAE")
     device: str = Field("cuda", alias="SDXL_DEVICE")
     dtype: str = Field("float16", alias="SDXL_DTYPE", pattern="^(float16|bfloat16|float32)$")
+    speed: str = Field("auto", alias="SDXL_SPEED", pattern="^(auto|stock|fast)$")
 
     max_attempts: int = Field(3, alias="SDXL_MAX_ATTEMPTS", ge=1)
     lease_s: float = Field(30.0, alias="SDXL_LEASE_SECONDS", gt=0)

@@ -7,10 +7,10 @@ uploaded. Only `generate` needs the GPU, and only one job has it at a time.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from consumer import failpoints
 from consumer.attempt import Attempt
 from consumer.engine import Engine, GeneratedImage, LoraFile, OnStep, PreparedLoras
 from consumer.errors import HandedBack, ModelBroken
+from consumer.gpu import Drawn, GpuThread
 from consumer.health import Health
 from consumer.images import encode_png
 from consumer.keeper import heed
@@ -79,7 +80,7 @@ class Stages:
         self._consumer = consumer
         self._stall_s = stall_s
         self._gpu = asyncio.Lock()
-        self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="gpu")
+        self._gpu_thread = GpuThread()
 
     async def generate(self, attempt: Attempt) -> Generated:
         """Prepares the job, waits for the GPU, and draws.
@@ -89,7 +90,7 @@ class Stages:
         async with AsyncExitStack() as files:
             with attempt.working(), self.health.watching(attempt.lease.job_id):
                 loras = await attempt.guard(self._prepare(attempt, files))
-            prepare_s = attempt.worked_s
+            prepare_s, ready_at = attempt.worked_s, self._gpu_thread.ready()
             async with AsyncExitStack() as behind, self._holding_gpu(attempt):
                 queued_s = attempt.waited_before_begin_s + attempt.since_begin_s - prepare_s
                 progress = ProgressWriter(attempt, self._leases)
@@ -97,8 +98,11 @@ class Stages:
                 # awaited while the next job has the GPU, and before this run can end
                 behind.push_async_callback(progress.end, written)
                 with attempt.working():
-                    image = await self._draw(attempt, loras, progress)
-            return Generated(image, prepare_s, queued_s, gpu_s=attempt.worked_s - prepare_s)
+                    drawn = await self._draw(attempt, loras, progress, ready_at)
+            if drawn.waited is not None:
+                gap_ms, handover_ms = (round(1000 * s, 3) for s in (drawn.waited.gap_s, drawn.waited.handover_s))
+                log.info("gpu.waited", ms=gap_ms, handover_ms=handover_ms)
+            return Generated(drawn.image, prepare_s, queued_s, gpu_s=attempt.worked_s - prepare_s)
 
     @asynccontextmanager
     async def _holding_gpu(self, attempt: Attempt) -> AsyncIterator[None]:
@@ -150,7 +154,9 @@ class Stages:
         with failpoints.around("prepare"):
             return await asyncio.to_thread(self._engine.prepare, loras)
 
-    async def _draw(self, attempt: Attempt, loras: PreparedLoras, progress: ProgressWriter) -> GeneratedImage:
+    async def _draw(
+        self, attempt: Attempt, loras: PreparedLoras, progress: ProgressWriter, ready_at: float
+    ) -> Drawn[GeneratedImage]:
         loop = asyncio.get_running_loop()
 
         def on_step(step: int, total: int) -> None:
@@ -158,13 +164,14 @@ class Stages:
             attempt.check()
 
         # Never cancelled from outside, since a thread cannot be: the step callback ends it.
-        drawing = loop.run_in_executor(self._gpu_thread, self._generate, attempt.request, loras, on_step)
+        generate = partial(self._generate, attempt.request, loras, on_step)
+        drawing = self._gpu_thread.draw(generate, ready_at=ready_at)
         if not await self._comes_on(drawing, progress):
             drawing.add_done_callback(_ignore)
             raise ModelBroken(f"the picture came no step further within {self._stall_s:g} s")
         return drawing.result()
 
-    async def _comes_on(self, drawing: asyncio.Future[GeneratedImage], progress: ProgressWriter) -> bool:
+    async def _comes_on(self, drawing: asyncio.Future[Drawn[GeneratedImage]], progress: ProgressWriter) -> bool:
         """Waits until the picture is drawn; False if no step has come within `stall_s`.
 
         Looks are counted, not time: a process that was frozen has not waited for anything.
@@ -223,7 +230,7 @@ class Stages:
         )
 
 
-def _ignore(drawing: "asyncio.Future[GeneratedImage]") -> None:
+def _ignore(drawing: "asyncio.Future[Drawn[GeneratedImage]]") -> None:
     """Takes what a picture that was given up comes to in the end, so that nobody misses it."""
     if not drawing.cancelled():
         drawing.exception()

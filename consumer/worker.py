@@ -28,11 +28,15 @@ log = structlog.get_logger(__name__)
 BLOCK_S = 0.5
 _SWEEP_EVERY_S = 0.5
 _ABANDON_AFTER_S = 5.0
-_PARALLEL_DELIVERIES = 2
+_PARALLEL_DELIVERIES = 4
 
 
 class Worker:
-    """One consumer. At most 1 + prefetch jobs are in preparation or on the GPU; finished pictures are stored behind."""
+    """One consumer: one job is drawn, `prefetch` more are prepared, and one behind them is on its way.
+
+    A LoRA may take longer to fetch than a picture to draw, so the next two are fetched side by side. With a prefetch
+    of 0 nothing is taken before the GPU is free. Finished pictures are stored behind.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class Worker:
         self._backlog: deque[Delivery] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = Stop()
-        self._slots = Slots(1 + settings.prefetch, self._stop)
+        self._slots = Slots(2 + settings.prefetch if settings.prefetch else 1, self._stop)
         self._swept_at = 0.0
         self._busy_at = 0.0
         self._reread = True

@@ -13,13 +13,18 @@ from schemas.lora.plan import LoraPlan, plan
 from schemas.lora.sdxl_base import sdxl_base
 from schemas.redact import redact_text
 
+_DOTTED_PART = r"(lora_[AB]\.|hada_|lokr_|diff)"
 _NAMINGS = {
     "kohya, original block names": re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|out_)"),
     "kohya, diffusers block names": re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks|conv_|time_embedding)"),
+    "LyCORIS, diffusers block names": re.compile(r"lycoris_(down_blocks|mid_block|up_blocks|conv_|time_embedding)"),
+    "ComfyUI": re.compile(r"diffusion_model\.|text_encoders\."),
     "kohya, text encoders": re.compile(r"lora_te\d?_"),
     "PEFT": re.compile(r"base_model\.model\."),
-    "diffusers": re.compile(r"(unet|text_encoder(_2)?)\..*\.lora_[AB]\."),
-    "diffusers, the UNet alone": re.compile(r"(down_blocks|mid_block|up_blocks|conv_|time_embedding).*\.lora_[AB]\."),
+    "diffusers": re.compile(rf"(unet|text_encoder(_2)?)\..*\.{_DOTTED_PART}"),
+    "diffusers, the UNet alone": re.compile(
+        rf"(down_blocks|mid_block|up_blocks|conv_|time_embedding).*\.{_DOTTED_PART}"
+    ),
     "diffusers before PEFT": re.compile(r".*(\.lora\.|_lora\.|\.lora_linear_layer\.)(down|up)\."),
 }
 _TOLD_METADATA = (
@@ -52,22 +57,30 @@ class LoraReport:
         return sorted({tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")})
 
     @property
+    def kinds(self) -> list[str]:
+        """The distinct ones, in words: `LoRA`, `DoRA on LoHa`, ..."""
+        deltas = self.planned.deltas if self.planned else ()
+        return sorted({delta.kind if delta.magnitude is None else f"DoRA on {delta.kind}" for delta in deltas})
+
+    @property
     def ranks(self) -> list[int]:
         """The distinct ones, of what the file has even where it is refused."""
         if self.planned is not None:
-            return sorted({delta.rank for delta in self.planned.deltas.values()})
+            return sorted({delta.rank for delta in self.planned.deltas if delta.rank is not None})
         tensors = self.header.tensors if self.header else {}
         return sorted({tensor.shape[0] for name, tensor in tensors.items() if is_down(name) and tensor.shape})
 
     @property
     def alphas(self) -> list[float]:
         """The distinct ones of what would be changed."""
-        return sorted({delta.alpha for delta in self.planned.deltas.values()}) if self.planned else []
+        deltas = self.planned.deltas if self.planned else ()
+        return sorted({delta.alpha for delta in deltas if delta.alpha is not None})
 
     @property
     def modules(self) -> dict[str, int]:
         """How many modules of each component would be changed."""
-        return dict(Counter(name.split(".", 1)[0] for name in self.planned.deltas)) if self.planned else {}
+        modules = dict.fromkeys(delta.module for delta in self.planned.deltas) if self.planned else {}
+        return dict(Counter(name.split(".", 1)[0] for name in modules))
 
     @property
     def metadata(self) -> dict[str, str]:

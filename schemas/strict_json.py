@@ -73,7 +73,7 @@ def check(value: Any, depth_left: int = MAX_DEPTH) -> None:
     """
     match value:
         case str():
-            if any("\ud800" <= character <= "\udfff" for character in value):
+            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
                 raise StrictJsonError("a string has a lone surrogate")
         case float():
             if not math.isfinite(value):

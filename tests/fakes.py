@@ -53,10 +53,11 @@ class FakeEngine:
 
 
 class FakeFetcher:
-    """Takes `fetch_s` for any LoRA."""
+    """Takes `fetch_s` for any LoRA, and longer while `until` says no."""
 
     def __init__(self, fetch_s: float = 0.0) -> None:
         self.fetch_s = fetch_s
+        self.until: Callable[[], bool] = lambda: True
         self.log: list[str] = []
         self.fail_with: list[Exception] = []
 
@@ -64,6 +65,8 @@ class FakeFetcher:
     async def fetch(self, ref: LoraRef) -> AsyncIterator[Path]:
         self.log.append(f"fetch {ref.name}")
         await asyncio.sleep(self.fetch_s)
+        while not self.until():
+            await asyncio.sleep(0.005)
         if self.fail_with:
             raise self.fail_with.pop(0)
         yield Path(ref.name)

@@ -51,11 +51,16 @@ def shapes() -> ModelShapes:
 
 
 def table() -> str:
-    """The modules' names and shapes as JSON, a module a line."""
+    """The modules' names and shapes as JSON, a module a line; then the vectors' names and lengths."""
     base = shapes()
-    lines = (f"{json.dumps(name)}: {json.dumps(shape)}" for name, shape in base.weights.items())
-    weights = ",\n".join(lines)
-    return f'{{"cross_attention_dim": {base.cross_attention_dim}, "weights": {{\n{weights}\n}}}}\n'
+    weights, vectors = (
+        ",\n".join(f"{json.dumps(name)}: {json.dumps(shape)}" for name, shape in parameters.items())
+        for parameters in (base.weights, base.vectors)
+    )
+    return (
+        f'{{"cross_attention_dim": {base.cross_attention_dim}, "weights": {{\n{weights}\n}}, '
+        f'"vectors": {{\n{vectors}\n}}}}\n'
+    )
 
 
 if __name__ == "__main__":

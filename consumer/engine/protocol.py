@@ -12,7 +12,7 @@ from schemas.events import AppliedLora
 from schemas.requests import GenerationRequest, LoraRef
 
 if TYPE_CHECKING:
-    from consumer.lora.deltas import ParsedLora
+    from consumer.lora.weights import Patch
 
 OnStep = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
@@ -28,10 +28,14 @@ class LoraFile:
 
 @dataclass(frozen=True, slots=True)
 class PreparedLoras:
-    """The LoRAs of one job, checked and ready to be patched in, each with what its event will say."""
+    """The LoRAs of one job, checked and ready to be patched in. `applied`: what its event will say of each.
 
-    loras: "tuple[tuple[ParsedLora, AppliedLora], ...]" = ()
+    `patch`: for the weights of the engine that prepared it; None where there is nothing to patch in.
+    """
+
+    applied: tuple[AppliedLora, ...] = ()
     warnings: tuple[str, ...] = ()
+    patch: "Patch | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def _facts(name: str, report: LoraReport) -> dict[str, object]:
         facts["verdict"] = Text("refused", "red").append(f"  {ErrorCode.LORA_LOAD_FAILED}", "bold")
         facts["reason"] = str(report.refusal)
     return facts | {
+        "kind": ", ".join(report.kinds) or None,
         "naming": "; ".join(report.naming) or None,
         "modules": ", ".join(f"{count} in {name}" for name, count in report.modules.items()) or None,
         "skipped": _skipped(report),
@@ -102,6 +103,7 @@ def _document(name: str, report: LoraReport) -> dict[str, Any]:
         "error_code": None if refusal is None else ErrorCode.LORA_LOAD_FAILED,
         "error": None if refusal is None else str(refusal),
         "details": {} if refusal is None else refusal.details,
+        "kinds": report.kinds,
         "naming": report.naming,
         "modules": report.modules,
         "skipped": list(report.planned.skipped) if report.planned else [],

@@ -43,8 +43,6 @@ class AdapterConfig:
     def alpha(self, module: str, rank: int) -> float:
         """The `alpha` for which `alpha / rank` is PEFT's scaling of this module (`unet.conv_in`): `rank` if unsaid."""
         component, path = module.split(".", 1)
-        if self._get(component, "use_dora"):
-            raise LoraUnusable("The adapter is of a kind that is not supported: DoRA.", details={"kind": "DoRA"})
         alpha = self._of_pattern(component, path, self._get(component, "lora_alpha"))
         if alpha is None:
             return float(rank)
@@ -55,6 +53,10 @@ class AdapterConfig:
         if not math.isfinite(scaled):
             raise _broken("an alpha that is no finite number")
         return scaled
+
+    def uses_dora(self, module: str) -> bool:
+        """Whether the LoRA of this module is to be DoRA."""
+        return bool(self._get(module.split(".", 1)[0], "use_dora"))
 
     def _of_pattern(self, component: str, path: str, otherwise: Any) -> Any:
         """The alpha of the first pattern that is the end of a module's path."""

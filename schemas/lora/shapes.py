@@ -1,16 +1,23 @@
 """Which modules of a model a LoRA may change, and every name that files use for them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 _KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
+    "unet": ("lora_unet_", "lycoris_"),
     "text_encoder": ("lora_te1_", "lora_te_"),
     "text_encoder_2": ("lora_te2_",),
 }
+# ComfyUI's own names, as its nodes save them.
+_COMFY_PREFIXES = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
 _SGM_OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -18,6 +25,8 @@ _SGM_OUTSIDE_BLOCKS = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 _SGM_IN_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
@@ -27,38 +36,48 @@ _SGM_IN_RESNET = {
 
 @dataclass(frozen=True, slots=True)
 class ModelShapes:
-    """The LoRA-able modules of a model.
+    """The modules of a model that a LoRA may change.
 
-    `weights`: a module's name (component and path, as in `unet.conv_in`) to its weight's shape: [out, in] or
-    [out, in, kernel height, kernel width]. `names`: every name that a file may use, dotted or in kohya's manner, to
-    the module's. `sgm`: a module of the UNet to its path in the original (SGM) code. `cross_attention_dim`: the width
-    of the prompt embeddings.
+    `weights`: the name of a linear or convolution layer (component and path, as in `unet.conv_in`) to its weight's
+    shape: [out, in] or [out, in, kernel height, kernel width]. `names`: every name that a file may use, dotted or in
+    kohya's manner, to the module's. `sgm`: a module of the UNet to its path in the original (SGM) code.
+    `cross_attention_dim`: the width of the prompt embeddings. `vectors`: the name of every bias, and of the norm
+    layers' weights (`unet.conv_in.bias`, `unet.conv_norm_out.weight`) to its length.
     """
 
     weights: Mapping[str, tuple[int, ...]]
     names: Mapping[str, str]
     sgm: Mapping[str, str]
     cross_attention_dim: int
+    vectors: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, weights: Mapping[str, tuple[int, ...]], cross_attention_dim: int) -> "ModelShapes":
+    def of(
+        cls,
+        weights: Mapping[str, tuple[int, ...]],
+        cross_attention_dim: int,
+        vectors: Mapping[str, int] | None = None,
+    ) -> "ModelShapes":
         """Finds the names from the modules' own."""
-        paths = [name.removeprefix("unet.") for name in weights if name.startswith("unet.")]
+        vectors = vectors or {}
+        modules = dict.fromkeys([*weights, *(name.rsplit(".", 1)[0] for name in vectors)])
+        paths = [name.removeprefix("unet.") for name in modules if name.startswith("unet.")]
         sgm = {f"unet.{path}": original for path, original in _sgm_paths(paths).items()}
-        names = {alias: name for name in weights for alias in _aliases(name, sgm.get(name))}
-        return cls(weights, names, sgm, cross_attention_dim)
+        names = {alias: name for name in modules for alias in _aliases(name, sgm.get(name))}
+        return cls(weights, names, sgm, cross_attention_dim, vectors)
 
 
 def _aliases(name: str, sgm: str | None) -> Iterator[str]:
     component, path = name.split(".", 1)
     if component == "unet":
         paths = [path] if sgm is None else [path, sgm]
-        yield from (name, path)
+        yield from (name, path, _COMFY_PREFIXES[component] + paths[-1])
     else:
         # transformers 5 has no `text_model` in the first encoder; files and older versions have it.
         stem = path.removeprefix("text_model.")
         paths = [stem, f"text_model.{stem}"]
         yield from (f"{component}.{path}" for path in paths)
+        yield from (_COMFY_PREFIXES[component] + path for path in paths)
     for prefix in _KOHYA_PREFIXES[component]:
         yield from (prefix + path.replace(".", "_") for path in paths)
 

@@ -96,10 +96,11 @@ def test_base_pictures_are_pixel_equal_whatever_was_drawn_between(
 
 
 def test_an_hundred_switches_change_no_weight(engine: StockEngine, prepared: list[PreparedLoras]) -> None:
-    weights = engine._weights
+    weights = engine.painter.weights
     for number in range(100):
         chosen = prepared[number % 2]
-        weights.patch([(parsed.deltas, applied.scale) for parsed, applied in chosen.loras])
+        assert chosen.patch is not None
+        weights.patch(chosen.patch)
     assert len(weights.changed()) == 2
     weights.restore()
     assert weights.changed() == []

@@ -26,9 +26,9 @@ class ReadingEngine(FakeEngine):
     """Reads LoRAs as the stock engine does, for SDXL, and draws as the fake one."""
 
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
-        parsed = [parse(file.path, sdxl_base()) for file in files]
-        applied = AppliedLora(name="a", version=None, scale=1.0, modules=1, skipped=0)
-        return PreparedLoras(tuple((lora, applied) for lora in parsed))
+        for file in files:
+            parse(file.path, sdxl_base())
+        return PreparedLoras((AppliedLora(name="a", version=None, scale=1.0, modules=1, skipped=0),))
 
 
 class FilesOnDisk(FakeFetcher):

@@ -70,6 +70,7 @@ def test_its_document_has_all_that_a_backend_registers(cli: Cli, path: Path) -> 
         "error_code": None,
         "error": None,
         "details": {},
+        "kinds": ["LoRA"],
         "naming": ["diffusers"],
         "modules": {"unet": 1},
         "skipped": [],

@@ -1,6 +1,7 @@
 """The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
 
 import asyncio
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from redis import exceptions
 from redis.asyncio import Redis
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, ModelBroken, UploadInterrupted
 from consumer.queue import Delivery, connect
@@ -63,6 +66,77 @@ async def test_a_picture_that_is_being_stored_keeps_no_other_job_from_the_gpu(be
     assert order.index("draw b") < order.index("stored a")
 
 
+async def test_two_loras_are_fetched_side_by_side_while_the_gpu_draws(bench: Bench) -> None:
+    """Guards the count of slots in `Worker`: one that takes longer to fetch than a picture to draw must not cost more.
+
+    What is fetched ends only when both are under way.
+    """
+    order: list[str] = []
+    bench.engine.log = bench.fetcher.log = order
+    bench.engine.step_s = 0.01
+    bench.fetcher.until = lambda: order.count("fetch b.safetensors") + order.count("fetch c.safetensors") == 2
+    await publish(bench.redis, bench.keys, a_request("a", steps=50))
+    for name in "bc":
+        await publish(bench.redis, bench.keys, a_request(name, lora_key=f"{name}.safetensors", steps=20))
+    async with bench.working():
+        await bench.ended("a", "b", "c")
+    assert order.index("fetch c.safetensors") < order.index("drawn a")
+
+
+async def test_a_prefetch_of_zero_takes_nothing_while_the_gpu_draws(bench: Bench) -> None:
+    bench.engine.step_s = 0.02
+    for name in "ab":
+        await publish(bench.redis, bench.keys, a_request(name))
+    async with bench.working(prefetch=0):
+        await bench.until(bench.engine.drawing.is_set)
+        await asyncio.sleep(0.1)
+        pending = await bench.redis.xpending(bench.keys.requests(Priority.NORMAL), CONSUMER_GROUP)
+        assert pending["pending"] == 1
+
+
+async def test_a_prepared_job_gets_the_gpu_though_redis_answers_nothing(tmp_path: Path, keys: Keys) -> None:
+    """Guards `behind` in `Stages.generate`: no round trip to Redis lies between two pictures."""
+    with redis_server(tmp_path) as server:
+        redis = connect(server.url)
+        bench = Bench(redis, keys, server.url, FakeEngine(step_s=0.02))
+        for name in "ab":
+            await publish(redis, keys, a_request(name, steps=30))
+        async with bench.working(lease_s=30):
+            await bench.until(lambda: bench.engine.log.count("prepare") == 2 and bench.engine.drawing.is_set())
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                await bench.until(lambda: "draw b" in bench.engine.log, within_s=3)
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            await bench.ended("a", "b")
+        await redis.aclose()
+
+
+async def test_the_log_says_how_long_the_gpu_waited_for_each_picture_but_the_first(bench: Bench) -> None:
+    """Guards what `Stages.generate` logs."""
+    bench.engine.step_s = 0.002
+    for name in "abc":
+        await publish(bench.redis, bench.keys, a_request(name))
+    with capture_logs(processors=[merge_contextvars]) as logs:
+        async with bench.working():
+            await bench.ended("a", "b", "c")
+    waited = [line for line in logs if line["event"] == "gpu.waited"]
+    assert [line["job_id"] for line in waited] == ["b", "c"]
+    assert all(0 <= line["handover_ms"] <= line["ms"] for line in waited)
+
+
+async def test_uploads_that_hang_keep_nobody_from_the_gpu_until_four_of_them_do(bench: Bench) -> None:
+    """Guards `_deliveries` in `Worker._work`: pictures that nothing can be done with do not pile up without end."""
+    bench.artifacts.store_s = 30
+    for number in range(10):
+        await publish(bench.redis, bench.keys, a_request(f"job-{number}", steps=20))
+    async with bench.working(drain_s=0):
+        await bench.until(lambda: sum(line.startswith("drawn") for line in bench.engine.log) == 7)
+        await asyncio.sleep(0.2)
+        assert sum(line.startswith("store ") for line in bench.artifacts.log) == 4
+        assert sum(line.startswith("draw ") for line in bench.engine.log) == 7  # three more keep their slots
+
+
 async def test_an_entry_whose_delivery_got_lost_is_found_among_our_own(bench: Bench) -> None:
     """The server has given it to us, and the connection broke before the reply came."""
 
@@ -87,7 +161,7 @@ async def test_an_entry_whose_delivery_got_lost_is_found_among_our_own(bench: Be
     assert of_job(events, "job-1") == ["started", "succeeded"]
 
 
-async def test_no_more_is_taken_than_one_running_and_one_prepared(bench: Bench) -> None:
+async def test_no_more_is_taken_than_one_running_one_prepared_and_one_on_its_way(bench: Bench) -> None:
     bench.engine.step_s = 0.02
     for number in range(5):
         await publish(bench.redis, bench.keys, a_request(f"job-{number}"))
@@ -95,7 +169,7 @@ async def test_no_more_is_taken_than_one_running_and_one_prepared(bench: Bench) 
         await bench.until(bench.engine.drawing.is_set)
         await asyncio.sleep(0.1)
         pending = await bench.redis.xpending(bench.keys.requests(Priority.NORMAL), CONSUMER_GROUP)
-        assert pending["pending"] == 2
+        assert pending["pending"] == 3
 
 
 async def test_a_passing_failure_is_retried_and_counted(bench: Bench) -> None:
@@ -229,7 +303,7 @@ async def test_an_entry_without_a_readable_id_is_buried_and_the_loop_goes_on(ben
 
 async def test_a_stopped_worker_ends_what_runs_and_hands_back_the_rest_uncounted(bench: Bench) -> None:
     bench.engine.step_s = 0.02
-    for name in ("running", "prepared", "waiting"):
+    for name in ("running", "prepared", "on-its-way", "waiting"):
         await publish(bench.redis, bench.keys, a_request(name, steps=30))
     async with bench.working() as worker:
         await bench.until(bench.engine.drawing.is_set)
@@ -237,13 +311,14 @@ async def test_a_stopped_worker_ends_what_runs_and_hands_back_the_rest_uncounted
         worker.request_stop()
         await asyncio.sleep(0.1)
         assert "drawn running" not in bench.engine.log  # handed back at once, not when the running job has ended
-        prepared = await job(bench.redis, bench.keys, "prepared")
-        assert (prepared["state"], prepared["attempt"]) == ("queued", "0")
+        for name in ("prepared", "on-its-way"):
+            taken = await job(bench.redis, bench.keys, name)
+            assert (taken["state"], taken["attempt"]) == ("queued", "0")
     assert of_job(await completions(bench.redis, bench.keys), "running") == ["started", "succeeded"]
     assert await where_is(bench.redis, bench.keys, "waiting") == ["stream"]
     bench.engine.step_s = 0
     async with bench.working("bob"):
-        events = await bench.ended("prepared", "waiting")
+        events = await bench.ended("prepared", "on-its-way", "waiting")
     assert [event["data"]["attempt"] for event in events] == [1] * len(events)
 
 

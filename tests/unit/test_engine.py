@@ -10,9 +10,10 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
 from consumer.engine import GeneratedImage, LoraFile, Pixels, PreparedLoras
+from consumer.engine.common import seeded
 from consumer.engine.stock import StockEngine
-from consumer.lora.shapes import lora_modules
-from consumer.pipeline import noise, seeded
+from consumer.lora.shapes import lora_modules, lora_parameters
+from consumer.pipeline import noise
 from demo import loras
 from schemas.lora.shapes import ModelShapes
 from schemas.requests import GenerationRequest, LoraRef
@@ -56,6 +57,8 @@ class Stock:
     def __init__(self, folder: Path) -> None:
         self.pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
         self.pipeline.set_progress_bar_config(disable=True)
+        for _, parameter in lora_parameters(self.pipeline):
+            parameter.data = parameter.data.clone()  # in aligned memory, where the CPU's kernels add in the same order
 
     def draw(self, request: GenerationRequest, changes: Merged | None = None) -> Pixels:
         modules = dict(lora_modules(self.pipeline))
@@ -191,7 +194,7 @@ def test_a_missing_seed_is_the_jobs_and_noise_is_drawn_in_float32(stock: Stock) 
 
 def test_a_scheduler_that_draws_noise_at_every_step_is_seeded_too(tiny_model: Path) -> None:
     engine = StockEngine.load(str(tiny_model), device="cpu", dtype="float32")
-    scheduler = engine._pipeline.scheduler
-    engine._pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)
+    scheduler = engine.painter.pipeline.scheduler
+    engine.painter.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)
     first, second = (draw(engine) for _ in range(2))
     assert np.array_equal(first.pixels, second.pixels)

@@ -13,11 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from consumer.engine import LoraFile, PreparedLoras
+from consumer.engine.common import describe
 from consumer.engine.stock import StockEngine
-from consumer.errors import AttemptTimeout, GenerationFailed, GpuOutOfMemory, JobCancelled, LoraInvalid, ModelBroken
-from consumer.lora.deltas import Delta, ParsedLora
+from consumer.errors import (
+    AttemptTimeout,
+    GenerationFailed,
+    GpuOutOfMemory,
+    JobCancelled,
+    LoraInvalid,
+    ModelBroken,
+    WeightsChanged,
+)
+from consumer.lora.deltas import ParsedLora
 from consumer.lora.weights import PatchableWeights
-from consumer.pipeline import decode, describe, load_pipeline
+from consumer.pipeline import decode, load_pipeline
 from demo import loras
 from schemas.events import AppliedLora
 from schemas.requests import GenerationRequest, LoraRef
@@ -132,13 +141,12 @@ def test_preparing_touches_no_weight_and_tells_what_was_skipped(
     shapes = loras.shapes_of(tiny_model)
     modules = {"unet.conv_in": shapes.weights["unet.conv_in"], "unet.no.such": (4, 4)}
     path = loras.write_peft(tmp_path / "x", modules, seed=1, strength=0.5)
-    before = PatchableWeights(pipeline)
+    before = {name: parameter.clone() for name, parameter in pipeline.unet.named_parameters()}
     ref = LoraRef(url="https://host.example/loras/ink.safetensors?X-Amz-Signature=s", scale=0.5, version="v2")
     prepared = engine.prepare([LoraFile(path, ref)])
-    assert before.changed() == []
-    ((parsed, applied),) = prepared.loras
-    assert [delta.module for delta in parsed.deltas] == ["unet.conv_in"]
-    assert applied == AppliedLora(name="ink.safetensors", version="v2", scale=0.5, modules=1, skipped=3)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in pipeline.unet.named_parameters())
+    applied = AppliedLora(name="ink.safetensors", version="v2", scale=0.5, modules=1, skipped=3)
+    assert prepared.applied == (applied,)
     assert prepared.warnings[0].startswith("ink.safetensors: 3 tensors match nothing in the model: unet.no.such.")
 
 
@@ -191,12 +199,19 @@ def test_a_failing_model_is_a_failed_generation_without_paths_or_secrets(
 
 
 def test_a_failure_while_patching_is_a_failed_generation(
-    engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
+    engine: StockEngine,
+    pipeline: Any,
+    prepared: PreparedLoras,
+    files_weights: Callable[[Any], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ((parsed, applied),) = prepared.loras
-    broken = ParsedLora((*parsed.deltas, Delta("unet.conv_out", torch.ones(1, 3), torch.ones(5, 1), 1.0)))
-    with pytest.raises(GenerationFailed):
-        engine.generate(REQUEST, PreparedLoras(((broken, applied),)), stop)
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    engine.painter.weights.patch(engine.painter.weights.prepare([]))
+    monkeypatch.setattr(engine.painter.weights, "_patch_rows", fail)
+    with pytest.raises(GenerationFailed, match="no kernel"):
+        engine.generate(REQUEST, prepared, stop)
     assert files_weights(pipeline) == 0
 
 
@@ -207,7 +222,7 @@ def test_a_device_that_is_lost_is_a_broken_model(engine: StockEngine, monkeypatc
     weights = PatchableWeights.__new__(PatchableWeights)
     monkeypatch.setattr(weights, "patch", lambda loras: lost(), raising=False)
     monkeypatch.setattr(weights, "restore", lost, raising=False)
-    monkeypatch.setattr(engine, "_weights", weights)
+    monkeypatch.setattr(engine.painter, "weights", weights)
     with pytest.raises(ModelBroken, match="illegal memory access"):
         engine.generate(REQUEST, PreparedLoras(), stop)
 
@@ -215,14 +230,45 @@ def test_a_device_that_is_lost_is_a_broken_model(engine: StockEngine, monkeypatc
 def test_a_device_that_is_lost_while_a_lora_is_read_is_a_broken_model(
     engine: StockEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards `StockEngine._read`."""
-
-    def lost(*_: object) -> ParsedLora:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr("consumer.engine.stock.parse", lost)
+    """Guards `consumer.engine.preparing.prepare`."""
     with pytest.raises(ModelBroken, match="The device is lost"):
-        engine.prepare([LoraFile(Path("x.safetensors"), LoraRef(key="x.safetensors"))])
+        prepare_with(
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), engine, monkeypatch
+        )
+
+
+def test_a_gpu_that_is_too_full_for_a_lora_is_told_as_one(engine: StockEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `consumer.engine.preparing.prepare`."""
+    with pytest.raises(GpuOutOfMemory, match="for the LoRAs"):
+        prepare_with(torch.OutOfMemoryError("CUDA out of memory"), engine, monkeypatch)
+
+
+def prepare_with(error: Exception, engine: StockEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("consumer.engine.preparing.parse", lambda *_: ParsedLora(()))
+    monkeypatch.setattr(engine.painter.weights, "prepare", fail)
+    engine.prepare([LoraFile(Path("x.safetensors"), LoraRef(key="x.safetensors"))])
+
+
+def test_a_picture_of_weights_that_changed_in_memory_is_not_given_out_and_everything_is_restored(
+    engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
+) -> None:
+    """One flipped bit of a weight that no LoRA patches. Guards `sample` and `check` in `StockEngine._draw`."""
+    weights = engine.painter.weights
+    name = "unet.conv_norm_out.weight"
+    bits = pipeline.unet.conv_norm_out.weight.data.view(torch.int32)
+
+    def flip(step: int, total: int) -> None:
+        if step == total:
+            bits[0] ^= 1
+            weights._next = weights._order.index(weights._places[name])
+
+    with pytest.raises(WeightsChanged, match="1 of the model's parameters"):
+        engine.generate(REQUEST, prepared, flip)
+    assert weights.changed() == []
+    assert files_weights(pipeline) == 0
 
 
 @pytest.mark.parametrize("bias", [float("nan"), float("inf"), -1e3])

@@ -76,6 +76,7 @@ def test_every_code_but_the_requests_own_and_cancelled_has_an_error_in_the_tree(
         (errors.LoraInvalid("pickle"), "LORA_LOAD_FAILED", None),
         (errors.ModelBroken("NaN"), "MODEL_LOAD_FAILED", 60),
         (errors.GenerationFailed("black"), "GENERATION_FAILED", 30),
+        (errors.WeightsChanged("a bit"), "GENERATION_FAILED", 30),
         (errors.GpuOutOfMemory("full"), "CUDA_OOM", 30),
         (errors.AttemptTimeout("60 s"), "TIMEOUT", 0),
         (errors.UploadInterrupted("503"), "UPLOAD_FAILED", 60),

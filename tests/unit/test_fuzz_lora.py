@@ -1,6 +1,7 @@
 """Whatever a LoRA file holds, it is refused or read into finite numbers, within bounds, by both readers alike."""
 
 import json
+import math
 import struct
 import tracemalloc
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from consumer.errors import LoraInvalid
+from consumer.lora.bounds import MAX_CHANGE
 from consumer.lora.deltas import ParsedLora
-from consumer.lora.formats import MAX_CHANGE, parse
+from consumer.lora.formats import parse
 from schemas.lora.adapter_config import METADATA_KEY, AdapterConfig
 from schemas.lora.errors import LoraUnusable
 from schemas.lora.header import MAX_HEADER_BYTES, read_header
@@ -41,7 +43,9 @@ json_values = st.recursive(
 offsets = st.integers(-1, 20) | st.integers()
 entries = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", ""]),
+        "dtype": st.sampled_from(
+            ["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", ""]
+        ),
         "shape": st.lists(st.integers(-1, 4) | st.integers(), max_size=5),
         "data_offsets": st.lists(offsets, max_size=3) | st.tuples(st.just(0), st.integers(0, 64)),
     }
@@ -49,7 +53,8 @@ entries = st.fixed_dictionaries(
 names = st.builds(
     "{}{}".format,
     st.sampled_from(["unet.mid", "unet.conv_in", "mid", "lora_unet_mid", "unet.extra", "text_encoder.x", "../x", ""]),
-    st.sampled_from([".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha", "", ".diff"])
+    st.sampled_from([".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".alpha", ""])
+    | st.sampled_from([".diff", ".diff_b", ".dora_scale", ".lora_mid.weight", ".lokr_w1", ".lokr_w2", ".hada_w1_a"])
     | st.text(max_size=6),
 )
 headers = st.dictionaries(names, entries | json_values, max_size=4)
@@ -78,9 +83,11 @@ def read(path: Path, raw: bytes) -> ParsedLora | None:
         parsed = parse(path, MODEL)
     except LoraInvalid:
         return None  # for its values
-    assert {delta.module for delta in parsed.deltas} == planned.deltas.keys()
+    assert [(delta.module, delta.part) for delta in parsed.deltas] == [
+        (delta.module, delta.part) for delta in planned.deltas
+    ]
     for delta in parsed.deltas:
-        change = delta.factor * (delta.up.double() @ delta.down.double())
+        change = delta.change(torch.zeros(MODEL.weights.get(delta.module, (2,)) if delta.part == "weight" else (2,)))
         assert torch.isfinite(change).all()
         assert change.abs().max() <= MAX_CHANGE
     return parsed
@@ -119,6 +126,33 @@ def test_a_good_file_that_was_flipped_cut_or_extended_is_read_or_refused(
 def test_any_numbers_are_read_when_finite_and_small_and_else_refused(path: Path, numbers: bytes) -> None:
     values = struct.unpack("<4f", numbers)
     parsed = read(path, GOOD[:-16] + numbers)
+    assert (parsed is not None) <= all(abs(value) < float("inf") for value in values)
+
+
+OF_ONE_KIND = [
+    {"lokr_w1": [1, 2], "lokr_w2": [2, 1]},
+    {"lokr_w1": [2, 1], "lokr_w2_a": [1, 1], "lokr_w2_b": [1, 2]},
+    {"hada_w1_a": [2, 1], "hada_w1_b": [1, 2], "hada_w2_a": [2, 1], "hada_w2_b": [1, 2]},
+    {"diff": [2, 2]},
+    {"lora_A.weight": [1, 2], "lora_B.weight": [2, 1], "dora_scale": [1, 2]},
+    {"lora_A.weight": [1, 2], "lora_B.weight": [2, 1], "lora_magnitude_vector": [2]},
+]
+
+
+@fuzz
+@given(kind=st.integers(0, len(OF_ONE_KIND) - 1), numbers=st.binary(min_size=32, max_size=32))
+def test_any_numbers_of_any_kind_change_a_weight_within_bounds_or_are_refused(
+    path: Path, kind: int, numbers: bytes
+) -> None:
+    """Guards `is_small`: `read` makes the change of every file that is not refused."""
+    header: dict[str, Any] = {}
+    place = 0
+    for part, shape in OF_ONE_KIND[kind].items():
+        size = 4 * math.prod(shape)
+        header[f"unet.mid.{part}"] = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    parsed = read(path, framed(json.dumps(header).encode(), numbers[:place]))
+    values = struct.unpack(f"<{place // 4}f", numbers[:place])
     assert (parsed is not None) <= all(abs(value) < float("inf") for value in values)
 
 

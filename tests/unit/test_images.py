@@ -3,12 +3,17 @@
 import io
 import json
 import re
+import struct
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from consumer.images import encode_png, parameters_text
 from schemas.events import AppliedLora, ModelInfo
@@ -54,6 +59,78 @@ def test_the_pixels_come_back_as_they_were() -> None:
         assert image.mode == "RGB"
         assert image.size == (64, 48)
         assert np.array_equal(np.asarray(image), PIXELS)
+
+
+def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """A PNG's chunks, each checksum looked at, as the standard says it (PNG, 5)."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    at = 8
+    while at < len(png):
+        [length] = struct.unpack_from(">I", png, at)
+        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + length]
+        assert struct.unpack_from(">I", png, at + 8 + length) == (zlib.crc32(kind + data),)
+        yield kind, data
+        at += 12 + length
+
+
+def decode_by_the_book(png: bytes) -> npt.NDArray[np.uint8]:
+    """A second decoder, of RGB pictures with the filters None and Up: the standard library alone."""
+    found = dict(chunks(png))
+    width, height, *rest = struct.unpack(">IIBBBBB", found[b"IHDR"])
+    assert rest == [8, 2, 0, 0, 0]
+    inflate = zlib.decompressobj()
+    raw = np.frombuffer(inflate.decompress(found[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
+    assert inflate.eof
+    assert not inflate.unused_data
+    above = np.zeros(3 * width, np.uint8)
+    rows = []
+    for kind, row in zip(raw[:, 0], raw[:, 1:], strict=True):
+        above = row + above if kind == 2 else row
+        rows.append(above)
+    return np.stack(rows).reshape(height, width, 3)
+
+
+@pytest.mark.parametrize("picture", ["noise", "smooth", "black", "white", "one pixel", "one row", "a view"])
+def test_every_decoder_reads_the_same_pixels(picture: str) -> None:
+    """Guards `_filtered` and `_chunk`: what wraps around 0 and 255, the first row, the checksums, the end."""
+    noise = np.random.default_rng(1).integers(0, 256, (96, 65, 3), dtype=np.uint8)
+    y, x = np.mgrid[0:96, 0:65]
+    pixels = {
+        "noise": noise,
+        "smooth": np.stack([y * 2, x * 3, y + x], -1).astype(np.uint8),
+        "black": np.zeros_like(noise),
+        "white": np.full_like(noise, 255),
+        "one pixel": noise[:1, :1].copy(),
+        "one row": noise[:1].copy(),
+        "a view": noise.transpose(1, 0, 2)[::-1],
+    }[picture]
+    before = pixels.copy()
+    png = encode_png(pixels, a_request(), BASE)
+    assert np.array_equal(decode_by_the_book(png), pixels)
+    with Image.open(io.BytesIO(png)) as image:
+        assert np.array_equal(np.asarray(image), pixels)
+    assert np.array_equal(pixels, before)
+
+
+def test_the_parameters_stand_before_the_pixels_as_pillow_wrote_them() -> None:
+    """Guards `_text_chunk` against Pillow's own: readers that stop at the pixels find it, and nothing follows them."""
+    for prompt in ("café", "夜"):
+        expected = PngInfo()
+        expected.add_text("parameters", parameters_text(a_request(prompt), BASE, "Euler"))
+        [(kind, data, *_)] = expected.chunks
+        found = list(chunks(encode_png(PIXELS, a_request(prompt), BASE)))
+        assert [name for name, _ in found] == [b"IHDR", kind, b"IDAT", b"IEND"]
+        assert found[1] == (kind, data)
+
+
+def test_a_smooth_picture_is_small() -> None:
+    """Guards that rows are filtered: without, the same picture is five times as large."""
+    y, x = np.mgrid[0:256, 0:256] / 256
+    waves = [127 + 100 * np.sin(7 * x + 3 * y), 127 + 100 * np.cos(5 * y * x), 127 + 90 * np.sin(9 * (x - y))]
+    pixels = np.stack(waves, -1).astype(np.uint8)
+    pillow = io.BytesIO()
+    Image.fromarray(pixels).save(pillow, "PNG", compress_level=1)
+    assert len(encode_png(pixels, a_request(), BASE)) < 1.1 * len(pillow.getvalue())
 
 
 def test_the_same_picture_is_the_same_bytes() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consumer.errors import LoraInvalid
+from consumer.lora.deltas import LowRankDelta
 from consumer.lora.formats import parse
 from demo import loras
 from producer.lora_check import LoraReport, check_lora
@@ -52,8 +53,11 @@ def agreed(path: Path) -> LoraReport:
         )
         return report
     parsed = parse(path, SDXL)
-    planned = {module: (delta.rank, delta.alpha) for module, delta in report.planned.deltas.items()}
-    assert planned == {delta.module: (delta.rank, delta.alpha) for delta in parsed.deltas}
+    planned = [(delta.module, delta.part) for delta in report.planned.deltas]
+    assert planned == [(delta.module, delta.part) for delta in parsed.deltas]
+    for plan_of_it, delta in zip(report.planned.deltas, parsed.deltas, strict=True):
+        if isinstance(delta, LowRankDelta):
+            assert (plan_of_it.rank, plan_of_it.alpha) == (delta.rank, delta.alpha)
     assert report.planned.skipped == parsed.skipped
     return report
 
@@ -84,7 +88,7 @@ def test_every_module_of_sdxl_fits_under_every_name_that_files_use(path: Path) -
     for file in (path, other):
         report = check_lora(file)
         assert report.planned is not None
-        assert report.planned.deltas.keys() == SDXL.weights.keys()
+        assert {delta.module for delta in report.planned.deltas} == SDXL.weights.keys()
         assert report.planned.skipped == ()
 
 
@@ -127,6 +131,20 @@ def test_the_manner_of_naming_is_told(path: Path, names: str, naming: str) -> No
     assert agreed(path).naming == [naming]
 
 
+def test_the_kinds_and_the_namings_of_lycoris_and_comfyui_are_told(path: Path) -> None:
+    block = "down_blocks_1_attentions_0_transformer_blocks_0"
+    factors = {"hada_w1_a": (640, 2), "hada_w1_b": (2, 640), "hada_w2_a": (640, 2), "hada_w2_b": (2, 640)}
+    tensors = {f"lycoris_{block}_attn1_to_q.{part}": torch.ones(shape) for part, shape in factors.items()}
+    tensors[f"lycoris_{block}_attn1_to_q.dora_scale"] = torch.ones(640, 1)
+    tensors["diffusion_model.out.0.diff"] = torch.ones(320)
+    tensors["diffusion_model.out.0.diff_b"] = torch.ones(320)
+    save_file(tensors, path)
+    report = agreed(path)
+    assert report.kinds == ["DoRA on LoHa", "full difference"]
+    assert report.naming == ["LyCORIS, diffusers block names", "ComfyUI"]
+    assert (report.ranks, report.alphas, report.modules) == ([2], [2.0], {"unet": 2})
+
+
 def test_a_file_for_another_model_is_named_and_still_described(path: Path) -> None:
     report = agreed(loras.write_sd15(path))
     assert "SD 1.x" in str(report.refusal)
@@ -164,10 +182,12 @@ def broken() -> dict[str, dict[str, Tensor]]:
         | {"unet.x.attn2.to_k.lora_A.weight": torch.ones(2, 1024), "unet.x.attn2.to_k.lora_B.weight": torch.ones(9, 2)},
         "SD 3": tensors_of("transformer.joint_transformer_blocks.0.attn.to_q"),
         "Flux": tensors_of("lora_unet_double_blocks_0_img_attn_proj"),
-        "LoHa": good | {f"{TO_Q}.hada_w1_a": torch.ones(2)},
-        "LoKr": good | {f"{TO_Q}.lokr_w1": torch.ones(2)},
-        "DoRA": good | {f"{TO_Q}.dora_scale": torch.ones(2)},
-        "full differences": good | {f"{TO_Q}.diff": torch.ones(2)},
+        "LoHa beside it": good | {f"{TO_Q}.hada_w1_a": torch.ones(2)},
+        "half a LoHa": {f"{TO_Q}.hada_w1_a": torch.ones(640, 2)},
+        "half a LoKr": {f"{TO_Q}.lokr_w1": torch.ones(2, 2)},
+        "a DoRA of another length": good | {f"{TO_Q}.dora_scale": torch.ones(2)},
+        "a difference of another size": {f"{TO_Q}.diff": torch.ones(2, 2)},
+        "OFT": good | {f"{TO_Q}.oft_blocks": torch.ones(2)},
         "a checkpoint": {"model.diffusion_model.out.2.weight": torch.ones(2)},
         "embeddings": {"emb_params": torch.ones(2, 4)},
     }

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.errors import LoraInvalid
-from consumer.lora.formats import parse, read_tensors
+from consumer.lora.formats import parse
+from consumer.lora.tensors import FileTensors
 from schemas.lora.errors import LoraUnusable
 from schemas.lora.header import read_header
 from schemas.lora.shapes import ModelShapes
-from tests.lora_bytes import ACCEPTED_BY_THE_FORMAT, DOWN, REFUSED_BY_THE_FORMAT, entry, framed, pair, with_tensors
+from tests.lora_bytes import ACCEPTED_BY_THE_FORMAT, DOWN, REFUSED_BY_THE_FORMAT, UP, entry, framed, pair, with_tensors
 
 MODEL = ModelShapes({"unet.mid": (2, 2)}, {"unet.mid": "unet.mid"}, {}, cross_attention_dim=8)
 
@@ -49,7 +50,7 @@ def test_all_but_values_and_meanings_are_seen_in_the_header(tmp_path: Path, kind
 
 def test_the_smallest_lora_is_read(tmp_path: Path) -> None:
     parsed = parse(written(tmp_path, with_tensors(pair())), MODEL)
-    assert [(delta.module, delta.rank) for delta in parsed.deltas] == [("unet.mid", 1)]
+    assert [(delta.module, delta.part) for delta in parsed.deltas] == [("unet.mid", "weight")]
 
 
 def test_what_the_format_writes_is_read_back(tmp_path: Path) -> None:
@@ -63,13 +64,12 @@ def test_what_the_format_writes_is_read_back(tmp_path: Path) -> None:
         "half": ("F16", (3, 2)),
         "long": ("I64", (4,)),
     }
-    read = read_tensors(path, ["half"])
-    assert torch.equal(read["half"], tensors["half"])
+    assert torch.equal(FileTensors(path, header, ["half"])["half"], tensors["half"])
 
 
 def test_tensors_do_not_change_with_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, with_tensors(pair()))
-    tensors = read_tensors(path, [DOWN])
+    tensors = FileTensors(path, read_header(path), [DOWN])
     with path.open("r+b") as file:
         file.seek(-16, io.SEEK_END)
         file.write(b"\x7f" * 16)
@@ -77,8 +77,9 @@ def test_tensors_do_not_change_with_the_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_breaks_between_header_and_tensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoraUnusable, match="its reader refuses it"):
-        read_tensors(written(tmp_path, b"no longer"), [DOWN])
+    header = read_header(written(tmp_path, with_tensors(pair())))
+    with pytest.raises(LoraUnusable, match="cut short"):
+        FileTensors(written(tmp_path, with_tensors(pair())[:-1]), header, [DOWN, UP])
 
 
 def test_a_file_that_is_not_there_is_no_fault_of_the_lora(tmp_path: Path) -> None:
@@ -112,4 +113,4 @@ def test_a_flipped_byte_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
         parsed = parse(path, MODEL)
     except LoraInvalid:
         return
-    assert all(torch.isfinite(delta.up).all() for delta in parsed.deltas)
+    assert all(torch.isfinite(delta.change(torch.zeros(2, 2))).all() for delta in parsed.deltas)

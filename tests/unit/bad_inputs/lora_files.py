@@ -190,7 +190,7 @@ MEANT_FOR_OTHERS = [
     BadFile("float64", a_lora(down=zeros(1, _SIDE, dtype="F64", item_bytes=8)), "is F64"),
     BadFile("a full checkpoint", a_file({"model.diffusion_model.input_blocks.0.0.weight": zeros(320, 4, 3, 3)}),
             "full checkpoint"),
-    BadFile("an adapter of a kind that we do not know", beside(f"{MODULE}.lokr_w1", zeros(1)), "LoKr"),
+    BadFile("an adapter of a kind that we do not know", beside(f"{MODULE}.oft_blocks", zeros(1)), "OFT"),
     BadFile("a LoRA of another width", a_lora(down=zeros(1, 320)), "does not fit the model"),
     BadFile("Flux", a_file({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": zeros(1, 1)}), "Flux"),
     BadFile("one module under two names", a_file({DOWN: zeros(1, _SIDE), UP: zeros(_SIDE, 1),
@@ -204,7 +204,7 @@ MISCONFIGURED = [
     BadFile("an alpha that overflows with its rank", a_lora({METADATA_KEY: '{"lora_alpha": 1.7e308, "use_rslora": 1}'},
             down=zeros(2, _SIDE), up=zeros(_SIDE, 2)), "an alpha that is no finite number"),
     BadFile("a pattern that takes for ever", configured('{"alpha_pattern": {"(a+)+$": 1}}'), "not a module's path"),
-    BadFile("DoRA by its configuration", configured('{"use_dora": true}'), "DoRA"),
+    BadFile("DoRA by its configuration", configured('{"use_dora": true}'), "lacks its magnitude"),
     BadFile("a configuration of over a mebibyte", configured('{"a": "' + "x" * MAX_CONFIG_BYTES + '"}'), "longer than"),
 ]  # fmt: skip
 BIG = [

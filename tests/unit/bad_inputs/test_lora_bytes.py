@@ -6,18 +6,18 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import torch
 
 from consumer.errors import LoraInvalid
 from consumer.lora import formats
 from consumer.lora.formats import parse
+from consumer.lora.tensors import FileTensors
 from producer.lora_check import check_lora
 from schemas.entries import decode_entry
 from schemas.errors import ErrorCode
 from schemas.lora import adapter_config
 from schemas.lora.adapter_config import METADATA_KEY, AdapterConfig
 from schemas.lora.errors import LoraUnusable
-from schemas.lora.header import MAX_HEADER_BYTES, read_header
+from schemas.lora.header import MAX_HEADER_BYTES, Header, read_header
 from schemas.lora.sdxl_base import sdxl_base
 from tests.lora_bytes import ACCEPTED_BY_THE_FORMAT, REFUSED_BY_THE_FORMAT
 from tests.unit.bad_inputs.kit import Outcome, failed, payload
@@ -51,7 +51,7 @@ def test_the_catalogue_counts_54_files() -> None:
 
 def test_the_file_that_the_others_are_made_from_is_taken(tmp_path: Path) -> None:
     path = BadFile("good", GOOD, "").write(tmp_path)
-    assert [delta.rank for delta in parse(path, SDXL).deltas] == [1]
+    assert parse(path, SDXL).modules == 1
     assert check_lora(path).refusal is None
 
 
@@ -63,13 +63,13 @@ def no_reader(*_: object, **__: object) -> None:
 async def test_a_bad_file_ends_its_job_for_good_and_before_its_weights_are_touched(
     tmp_path: Path, file: BadFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards each `raise` of `schemas.lora` and of `formats._read_deltas`: `said` is the text of one of them.
+    """Guards each `raise` of `schemas.lora` and of `formats._deltas`: `said` is the text of one of them.
 
-    And the order in `formats.parse`: `plan` before `_read_deltas`.
+    And the order in `formats.parse`: `plan` before `FileTensors`.
     """
     path = file.write(tmp_path)
     if not file.by_value:
-        monkeypatch.setattr(formats, "safe_open", no_reader)
+        monkeypatch.setattr(formats, "FileTensors", no_reader)
     with pytest.raises(LoraInvalid, match=re.escape(file.said)) as refusal:
         parse(path, SDXL)
     assert str(refusal.value).isprintable()
@@ -114,15 +114,14 @@ def test_a_file_with_as_many_tensors_as_are_allowed_is_no_crowd(tmp_path: Path) 
 
 
 def test_what_matches_nothing_is_not_read_however_big_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards `_read_deltas`, which reads the planned deltas alone."""
+    """Guards `parse`, which reads the planned deltas' tensors alone."""
     read: list[str] = []
-    real = formats.read_tensors
 
-    def noting(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    def noting(path: Path, header: Header, names: list[str]) -> FileTensors:
         read.extend(names)
-        return real(path, names)
+        return FileTensors(path, header, names)
 
-    monkeypatch.setattr(formats, "read_tensors", noting)
+    monkeypatch.setattr(formats, "FileTensors", noting)
     strange = {f"unet.extra.lora_{half}.weight": zeros(2, 2) for half in "AB"}
     path = BadFile("with more", a_file({DOWN: zeros(1, 640), UP: zeros(640, 1), **strange}), "").write(tmp_path)
     assert sorted(parse(path, SDXL).skipped) == sorted(strange)

@@ -1,0 +1,72 @@
+"""Everything that one picture size needs on the device, at fixed addresses, so that its steps are CUDA graphs."""
+
+import torch
+from torch import Tensor
+
+from consumer.engine.fast.capture import Captured, Pool
+from consumer.engine.fast.decoder import Decoder
+from consumer.engine.fast.ops import Ops
+from consumer.engine.fast.prompts import Prompts
+from consumer.engine.fast.schedule import Schedule
+from consumer.engine.fast.unet import UNet
+from consumer.engine.protocol import Pixels
+
+
+class Canvas:
+    """Pictures of one size, of `prompts`' batch. `latents`: float32 [1, height / 8, width / 8, 4]."""
+
+    def __init__(
+        self, height: int, width: int, unet: UNet, decoder: Decoder, prompts: Prompts, ops: Ops, pool: Pool | None
+    ) -> None:
+        device = prompts.timesteps.device
+        shape = (1, *decoder.latent_shape(height, width))
+        self.latents = torch.zeros(shape, device=device)
+        self._pixels = torch.zeros(height, width, 3, dtype=torch.uint8, device=device)
+        self._finite = torch.zeros((), dtype=torch.bool, device=device)
+        self._inputs = torch.zeros(prompts.batch, *shape[1:], dtype=unet.dtype, device=device)
+        self._index = torch.zeros(1, dtype=torch.int64, device=device)
+        self._unet = unet
+        self._prompts = prompts
+        self._ops = ops
+        self._pool = pool
+        self.step = Captured(self._step, pool)
+        self.decode_with(decoder)
+
+    def begin(self, noise: Tensor, schedule: Schedule) -> None:
+        """Starts from `noise`, float32 [1, 4, height / 8, width / 8] on any device, at the schedule's first step."""
+        first = float(schedule.sigmas[0])
+        self.latents.copy_(noise.permute(0, 2, 3, 1), non_blocking=True)
+        self.latents.mul_(schedule.first_scale)
+        self._inputs.copy_((self.latents / (first**2 + 1) ** 0.5).expand_as(self._inputs))
+        self._index.zero_()
+
+    def run_once(self) -> None:
+        """Goes through a step and a decoding without recording them."""
+        self._step()
+        self._decode()
+
+    def decode_with(self, decoder: Decoder) -> None:
+        """Decodes by `decoder` from now on."""
+        self._decoder = decoder
+        self.decode = Captured(self._decode, self._pool)
+
+    def download(self) -> tuple[Pixels, bool]:
+        """The decoded picture, uint8 [height, width, 3], and whether every value of it was finite."""
+        pixels = torch.empty(self._pixels.shape, dtype=torch.uint8, pin_memory=self._pixels.is_cuda)
+        pixels.copy_(self._pixels, non_blocking=True)
+        finite = bool(self._finite)  # waits for both
+        return pixels.numpy(), finite
+
+    def has_finite_latents(self) -> bool:
+        return bool(torch.isfinite(self.latents).all())
+
+    def _step(self) -> None:
+        predicted = self._unet.predict(self._inputs, self._prompts.conditions, self._index)
+        prompts = self._prompts
+        self._ops.euler(predicted, self.latents, self._inputs, prompts.sigmas, self._index, prompts.guidance)
+        self._index.add_(1)
+
+    def _decode(self) -> None:
+        picture = self._decoder.decode(self.latents)[0].float()
+        self._finite.copy_(torch.isfinite(picture).all())
+        self._pixels.copy_((picture / 2 + 0.5).clamp(0, 1).mul(255).round())

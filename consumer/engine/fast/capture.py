@@ -1,0 +1,36 @@
+"""CUDA graphs: a function is recorded once and launched as a whole from then on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Pool = Any  # of memory: what torch.cuda.graph_pool_handle() gives
+
+
+class Captured:
+    """A function without arguments and results, over tensors at fixed addresses.
+
+    The first call runs it as it is, which also makes kernels and plans ready, and then records it; later calls replay
+    the recording. `pool`: what recordings share their memory by, as no two of them ever run at the same time; None on
+    a CPU, where the function is simply called.
+    """
+
+    def __init__(self, function: Callable[[], None], pool: Pool | None) -> None:
+        self._function = function
+        self._pool = pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._function()
+        if self._pool is None:
+            return
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the next job's LoRA may be on its way to the GPU meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._function()
+        self._graph = graph

@@ -1,0 +1,157 @@
+"""Pictures of the fast engine, run in plain torch on a CPU, against the stock engine's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+
+from consumer.engine import GeneratedImage, LoraFile, PreparedLoras
+from consumer.engine.fast.engine import FastEngine
+from consumer.engine.fast.fields import UnknownModel
+from consumer.engine.fast.painter import FastPainter
+from consumer.engine.painting import PaintingEngine
+from consumer.engine.stock import StockEngine
+from consumer.errors import GenerationFailed, ModelBroken
+from demo import loras
+from schemas.lora.shapes import ModelShapes
+from schemas.requests import GenerationRequest, LoraRef
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers' scheduler and numpy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+Engine = FastEngine | StockEngine
+
+
+class Stopped(Exception):
+    """Ends a picture after its first step."""
+
+
+def a_request(**fields: Any) -> GenerationRequest:
+    """A picture of three steps, which no client may ask for: enough to compare, and quick."""
+    defaults = {"job_id": "job-1", "prompt": "a red flower", "seed": 1, "width": 512, "height": 512}
+    return GenerationRequest.model_validate(defaults | fields).model_copy(update={"steps": 3})
+
+
+@pytest.fixture(scope="module")
+def fast(tiny_model: Path) -> FastEngine:
+    return FastEngine.load(str(tiny_model), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model: Path) -> StockEngine:
+    return StockEngine.load(str(tiny_model), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes) -> LoraFile:
+    """Of every module there is: what is derived from weights, too, has to follow."""
+    path = tmp_path_factory.mktemp("loras") / "whole.safetensors"
+    loras.write_peft(path, shapes.weights, rank=4, alpha=2.0, seed=1, strength=0.6)
+    return LoraFile(path, LoraRef(key="loras/whole.safetensors", scale=0.8))
+
+
+def draw(engine: Engine, request: GenerationRequest, *files: LoraFile) -> GeneratedImage:
+    return engine.generate(request, engine.prepare(files), lambda step, total: None)
+
+
+def levels_apart(one: GeneratedImage, other: GeneratedImage) -> int:
+    return int(np.abs(one.pixels.astype(int) - other.pixels).max())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"width": 768, "negative_prompt": "blue"}, {"height": 768, "cfg": 1.0, "prompt": "red sea " * 60}],
+    ids=["oblong with a negative prompt", "without guidance and of a long prompt"],
+)
+def test_a_picture_is_the_stock_engines(fast: FastEngine, stock: StockEngine, fields: dict[str, Any]) -> None:
+    request = a_request(**fields)
+    one, other = draw(fast, request), draw(stock, request)
+    assert one.pixels.shape == (request.height, request.width, 3)
+    assert one.pixels.std() > 5
+    assert levels_apart(one, other) <= 1
+    assert (one.warnings, one.sampler) == (other.warnings, other.sampler)
+
+
+def test_a_lora_of_everything_is_the_stock_engines_and_leaves_nothing_behind(
+    fast: FastEngine, stock: StockEngine, lora: LoraFile
+) -> None:
+    base = draw(fast, a_request())
+    with_lora = draw(fast, a_request(), lora)
+    assert levels_apart(with_lora, draw(stock, a_request(), lora)) <= 1
+    assert levels_apart(with_lora, base) > 20
+    assert with_lora.loras[0].modules > 100
+    assert np.array_equal(draw(fast, a_request()).pixels, base.pixels)
+    assert np.array_equal(draw(fast, a_request(), lora).pixels, with_lora.pixels)
+
+
+def test_a_picture_is_stopped_between_steps_and_the_next_one_is_whole(fast: FastEngine) -> None:
+    whole, steps = draw(fast, a_request()), []
+
+    def stop(step: int, total: int) -> None:
+        steps.append((step, total))
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        fast.generate(a_request(), PreparedLoras(), stop)
+    assert steps == [(1, 3)]
+    assert np.array_equal(draw(fast, a_request()).pixels, whole.pixels)
+
+
+def test_every_step_is_told_in_order_and_the_parts_are_timed(fast: FastEngine) -> None:
+    steps: list[tuple[int, int]] = []
+    image = fast.generate(a_request(), PreparedLoras(), lambda step, total: steps.append((step, total)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert list(fast.timings) == ["patch", "text", "denoise", "decode"]
+    assert image.seconds > fast.timings["denoise"] > 0
+
+
+class TestABrokenDecoder:
+    @pytest.fixture
+    def painter(self, tiny_model: Path) -> Iterator[FastPainter]:
+        with torch.no_grad():
+            yield FastPainter.load(str(tiny_model), device="cpu", dtype="float16")
+
+    def test_what_overflows_in_half_precision_is_decoded_in_float32_from_then_on(self, painter: FastPainter) -> None:
+        """Guards `FastPainter._picture`: beyond what the divisor can save."""
+        for part in ("weight", "bias"):
+            painter._vae[f"vae.decoder.conv_in.{part}"] *= 1e8
+        broken = FastPainter.__new__(FastPainter)
+        broken.__dict__ |= painter.__dict__
+        broken._decoder = type(painter._decoder)(painter._vae, painter._vae_config, painter._ops, torch.float16)
+        engine = PaintingEngine(broken)
+        with structlog.testing.capture_logs() as logs:
+            first, second = (draw_with(engine) for _ in range(2))
+        assert [entry["event"] for entry in logs] == ["vae.overflow"]
+        assert first.pixels.std() > 5
+        assert np.array_equal(first.pixels, second.pixels)
+
+    def test_a_picture_of_latents_that_are_nan_is_refused(self, painter: FastPainter) -> None:
+        painter._vae["vae.decoder.conv_in.weight"].fill_(float("nan"))
+        painter._decoder = type(painter._decoder)(painter._vae, painter._vae_config, painter._ops, torch.float16)
+        with pytest.raises(GenerationFailed, match="NaN"):
+            draw_with(PaintingEngine(painter))
+
+
+def draw_with(engine: PaintingEngine) -> GeneratedImage:
+    return engine.generate(a_request(), PreparedLoras(), lambda step, total: None)
+
+
+def test_a_model_that_it_does_not_know_is_refused_as_such_and_a_broken_one_is_broken(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(UnknownModel, match="StableDiffusionPipeline"):
+        FastEngine.load(str(unknown), device="cpu", dtype="float32")
+    with pytest.raises(ModelBroken):
+        FastEngine.load(str(tmp_path / "nothing"), device="cpu", dtype="float32")
+    with pytest.raises(UnknownModel, match="half precision"):
+        FastEngine.load(str(tiny_model), device="cuda", dtype="float32")
