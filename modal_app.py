@@ -29,8 +29,9 @@ base = modal.Image.debian_slim(python_version="3.11").add_local_file(
     "constraints.txt", "/root/constraints.txt", copy=True
 )
 gpu_image = (
-    base.pip_install_from_pyproject("pyproject.toml", ["consumer"], extra_options="-c /root/constraints.txt")
-    .env({"HF_HOME": "/weights/huggingface"})
+    base.apt_install("gcc", "libc6-dev")  # Triton compiles what launches its kernels
+    .pip_install_from_pyproject("pyproject.toml", ["consumer"], extra_options="-c /root/constraints.txt")
+    .env({"HF_HOME": "/weights/huggingface", "TRITON_CACHE_DIR": "/weights/triton"})
     .add_local_python_source("consumer", "schemas")
 )
 cpu_image = base.pip_install_from_pyproject(

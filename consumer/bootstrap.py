@@ -65,8 +65,9 @@ def _choose_engine(settings: ConsumerSettings) -> Engine:
             return engine
     from consumer.engine.stock import StockEngine
 
+    stock = _load(StockEngine.load, settings)
     log.info("engine.chosen", engine="stock", reason=reason)
-    return _load(StockEngine.load, settings)
+    return stock
 
 
 def _reason_for_stock(settings: ConsumerSettings) -> str | None:

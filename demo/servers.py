@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 PORT_ATTEMPTS = 5
-LOG_TAIL_CHARACTERS = 2000
+LOG_TAIL_LINES = 20
 
 # Each server says this in its own log, so another one's answer on the same port is never taken for it.
 _REDIS_READY = re.compile(rb"Ready to accept connections")
@@ -161,15 +161,16 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path, ready: re.Patt
         gone = process.poll() is not None
         match = ready.search(log.read_bytes())
         if gone:
-            raise ServerFailed(f"the server ended with status {process.returncode} at its start:\n{_tail(log)}")
+            raise ServerFailed(f"the server ended with status {process.returncode} at its start:\n{tail(log)}")
         if match is not None:
             return match
         time.sleep(0.02)
-    raise ServerFailed(f"the server was not ready after {START_TIMEOUT_S:g} s:\n{_tail(log)}")
+    raise ServerFailed(f"the server was not ready after {START_TIMEOUT_S:g} s:\n{tail(log)}")
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
+def tail(log: Path) -> str:
+    """The last lines, each of them whole: a JSON line begins with what it is about, and may end with a traceback."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
 
 def _free_port() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from demo.servers import S3Server, ServerFailed, redis_server, s3_server
+from demo.servers import S3Server, ServerFailed, redis_server, s3_server, tail
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
 
@@ -26,7 +26,6 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MATERIALS_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 10.0
 _LOOK_S = 0.1
-_LOG_TAIL_CHARACTERS = 2000
 # What is set in the shell of whoever runs the demo belongs to another deployment.
 _FOREIGN = ("SDXL_", "R2_", "LORA_", "UPLOAD_", "WEBHOOK_", "AWS_", "REDIS_URL", "DATABASE_URL", "HUGGINGFACE_", "HF_")
 
@@ -56,7 +55,7 @@ class Stack:
         _check_stop(self.stop)
         if self.consumer.poll() is not None:
             raise ServerFailed(
-                f"the consumer ended with status {self.consumer.returncode}:\n{_tail(self.consumer_log)}"
+                f"the consumer ended with status {self.consumer.returncode}:\n{tail(self.consumer_log)}"
             )
 
 
@@ -128,7 +127,7 @@ def _wait_for_materials(writer: subprocess.Popen[bytes], log: Path, stop: Event)
             raise ServerFailed(f"the model was not written after {_MATERIALS_TIMEOUT_S:g} s")
         time.sleep(_LOOK_S)
     if status != 0:
-        raise ServerFailed(f"the model could not be written, status {status}:\n{_tail(log)}")
+        raise ServerFailed(f"the model could not be written, status {status}:\n{tail(log)}")
 
 
 def _check_stop(stop: Event) -> None:
@@ -161,7 +160,3 @@ def _child(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]

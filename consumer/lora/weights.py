@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import structlog
 import torch
@@ -12,6 +11,7 @@ from consumer.errors import ModelBroken, WeightsChanged
 from consumer.lora.deltas import Delta, LowRankDelta, with_tensors
 from consumer.lora.low_rank import DeltaBuffer, PackedDeltas, Parts, patch_rows_by_torch
 from consumer.lora.stacks import Place, Stack, runs, stacked
+from consumer.triton_support import why_no_triton
 
 SAMPLES = 100  # how many of them look at everything
 
@@ -219,7 +219,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def _kernels(device: torch.device) -> tuple[PatchRows, PatchRows]:
     """What patches rows on the device, and what readies that ahead."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if device.type == "cuda" and why_no_triton() is None:
         from consumer.lora.patch_kernel import compile_ahead, patch_rows
 
         return patch_rows, compile_ahead

@@ -24,6 +24,7 @@ _PART = re.compile(
     r"|(?P<diff_b>\.diff_b|\.b_norm)"
     r")"
 )
+_FLAT = ("lora_unet_", "lora_te", "lycoris_")
 _OLD_PROJECTION = re.compile(r"(?P<attention>.+)\.to_(?P<letter>q|k|v|out)_lora")
 
 _UNSUPPORTED_KINDS = (
@@ -86,6 +87,8 @@ def is_down(name: str) -> bool:
 
 
 def _module(name: str) -> str:
+    if name.startswith(_FLAT):
+        return name.replace(".", "_")  # diffusers' conversion to kohya's names leaves a dot in those of DoRA's lengths
     name = name.replace("base_model.model.", "").replace(".processor.", ".")
     if old := _OLD_PROJECTION.fullmatch(name):
         letter = old["letter"]

@@ -9,6 +9,7 @@ import pytest
 import structlog
 import torch
 
+from consumer import triton_support
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
 from consumer.engine.fast.fields import UnknownModel
@@ -34,9 +35,10 @@ class Stopped(Exception):
 
 
 def a_request(**fields: Any) -> GenerationRequest:
-    """A picture of three steps, which no client may ask for: enough to compare, and quick."""
-    defaults = {"job_id": "job-1", "prompt": "a red flower", "seed": 1, "width": 512, "height": 512}
-    return GenerationRequest.model_validate(defaults | fields).model_copy(update={"steps": 3})
+    """A picture smaller and of fewer steps than a client may ask for: enough to compare, and quick."""
+    defaults = {"job_id": "job-1", "prompt": "a red flower", "seed": 1}
+    small = {"width": 256, "height": 256, "steps": 3}
+    return GenerationRequest.model_validate(defaults).model_copy(update=small | fields)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def levels_apart(one: GeneratedImage, other: GeneratedImage) -> int:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"width": 768, "negative_prompt": "blue"}, {"height": 768, "cfg": 1.0, "prompt": "red sea " * 60}],
+    [{"width": 384, "negative_prompt": "blue"}, {"height": 384, "cfg": 1.0, "prompt": "red sea " * 60}],
     ids=["oblong with a negative prompt", "without guidance and of a long prompt"],
 )
 def test_a_picture_is_the_stock_engines(fast: FastEngine, stock: StockEngine, fields: dict[str, Any]) -> None:
@@ -140,7 +142,9 @@ class TestABrokenDecoder:
 
 
 def draw_with(engine: PaintingEngine) -> GeneratedImage:
-    return engine.generate(a_request(), PreparedLoras(), lambda step, total: None)
+    """Small and of one step: a CPU is slow in half precision."""
+    request = a_request().model_copy(update={"width": 256, "height": 256, "steps": 1})
+    return engine.generate(request, PreparedLoras(), lambda step, total: None)
 
 
 def test_a_model_that_it_does_not_know_is_refused_as_such_and_a_broken_one_is_broken(
@@ -155,3 +159,17 @@ def test_a_model_that_it_does_not_know_is_refused_as_such_and_a_broken_one_is_br
         FastEngine.load(str(tmp_path / "nothing"), device="cpu", dtype="float32")
     with pytest.raises(UnknownModel, match="half precision"):
         FastEngine.load(str(tiny_model), device="cuda", dtype="float32")
+
+
+@pytest.mark.parametrize("missing", ["triton", "compiler"])
+def test_without_what_its_kernels_need_it_is_not_for_this_machine(
+    tiny_model: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "triton":
+        monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
+    assert (triton_support.why_no_triton() or "").lower().find(missing) >= 0
+    with pytest.raises(UnknownModel, match="(?i)" + missing):
+        FastEngine.load(str(tiny_model), device="cuda", dtype="float16")

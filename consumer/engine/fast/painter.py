@@ -22,6 +22,7 @@ from consumer.engine.fast.unet import UNet
 from consumer.engine.marks import Marks
 from consumer.engine.protocol import OnStep, Pixels
 from consumer.lora.weights import PatchableWeights
+from consumer.triton_support import why_no_triton
 from schemas.requests import GenerationRequest
 
 log = structlog.get_logger(__name__)
@@ -60,6 +61,8 @@ class FastPainter:
         would, and whatever the hub's client or the device raise.
         """
         place = torch.device(device)
+        if place.type == "cuda" and (reason := why_no_triton()):
+            raise UnknownModel(reason)
         if place.type == "cuda" and dtype == "float32":
             raise UnknownModel("it draws in half precision only")
         checkpoint = load_checkpoint(model, vae=vae, device=place, dtype=getattr(torch, dtype), token=hub_token)
