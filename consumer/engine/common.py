@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ _PATH = re.compile(r"(?<![\w:/.])(?:/[^\s/'\",;:)]+)+")
 def base_model_name(model: str) -> str:
     """The hub id, or the folder's name."""
     return Path(model).resolve().name if Path(model).exists() else model
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, kernels and graphs are launched on the device: what is the current one is each thread's own matter."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def seeded(request: GenerationRequest) -> torch.Generator:

@@ -2,15 +2,16 @@
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 import torch
+from torch import Tensor
 
 from consumer import failpoints
-from consumer.engine.common import describe
+from consumer.engine.common import current, describe
 from consumer.engine.marks import Marks
 from consumer.engine.preparing import prepare
 from consumer.engine.protocol import GeneratedImage, LoraFile, OnStep, Pixels, PreparedLoras
@@ -81,7 +82,8 @@ class PaintingEngine:
 
         Raises LoraInvalid, GpuOutOfMemory, ModelBroken (the device is lost), and OSError where a file cannot be read.
         """
-        return prepare(files, self.painter.shapes, self.painter.weights)
+        with current(self.painter.device):
+            return prepare(files, self.painter.shapes, self.painter.weights)
 
     def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
         """Draws one picture from the base weights and these LoRAs, whatever was drawn before.
@@ -90,10 +92,26 @@ class PaintingEngine:
         GenerationFailed (inference, a NaN or black image), WeightsChanged, GpuOutOfMemory, ModelBroken (the device is
         lost, or the pristine weights are).
         """
-        steps = _Steps(on_step)
+        with current(self.painter.device):
+            return self._generate(request, loras, _Steps(on_step, self.painter.weights.sample))
+
+    def warm_up(self) -> None:
+        """Makes ready what the first picture would otherwise wait for.
+
+        Raises ModelBroken.
+        """
+        side = 1024 if self.painter.device.type == "cuda" else 512
+        request = GenerationRequest(job_id="warm-up", prompt="warm-up", width=side, height=side)
+        try:
+            with current(self.painter.device):
+                self.painter.warm_up(request)
+        except Exception as error:
+            raise ModelBroken(f"The model cannot draw: {describe(error)}") from error
+
+    def _generate(self, request: GenerationRequest, loras: PreparedLoras, steps: "_Steps") -> GeneratedImage:
         failure: WorkerError
         try:
-            return self._generate(request, loras, steps)
+            return self._paint(request, loras, steps)
         except torch.OutOfMemoryError:
             failure = GpuOutOfMemory(f"The GPU has not enough memory for {request.width}x{request.height}.")
         except Exception as error:
@@ -106,19 +124,7 @@ class PaintingEngine:
         self._recover()
         raise failure
 
-    def warm_up(self) -> None:
-        """Makes ready what the first picture would otherwise wait for.
-
-        Raises ModelBroken.
-        """
-        side = 1024 if self.painter.device.type == "cuda" else 512
-        request = GenerationRequest(job_id="warm-up", prompt="warm-up", width=side, height=side)
-        try:
-            self.painter.warm_up(request)
-        except Exception as error:
-            raise ModelBroken(f"The model cannot draw: {describe(error)}") from error
-
-    def _generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
+    def _paint(self, request: GenerationRequest, loras: PreparedLoras, steps: "_Steps") -> GeneratedImage:
         weights, marks = self.painter.weights, self.painter.marks
         marks.begin()
         with failpoints.around("patch"):
@@ -127,15 +133,16 @@ class PaintingEngine:
             else:
                 weights.patch(loras.patch)
         marks.set("patch")
+        cut = self.painter.cut_prompts(request)  # while the device patches
         started = time.perf_counter()
-        pixels = self.painter.draw(request, on_step)
+        pixels = self.painter.draw(request, steps)
         seconds = time.perf_counter() - started
-        weights.check(weights.sample())
+        weights.check(steps.sample)
         return GeneratedImage(
             pixels,
             seconds,
             loras=loras.applied,
-            warnings=(*self.painter.cut_prompts(request), *loras.warnings),
+            warnings=(*cut, *loras.warnings),
             sampler=self.painter.sampler,
         )
 
@@ -143,9 +150,10 @@ class PaintingEngine:
         device = self.painter.device
         try:
             self.painter.weights.restore()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # graphs may be running
             self.painter.release()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
                 torch.cuda.empty_cache()
         except Exception as error:
             raise ModelBroken(f"The device is lost: {describe(error)}") from None
@@ -153,10 +161,15 @@ class PaintingEngine:
 
 @dataclass(slots=True)
 class _Steps:
-    """A step callback that remembers what it raised."""
+    """A step callback that remembers what it raised, and takes a sample of the weights when the last step is done.
+
+    A painter that works ahead has still to decode then: the sample waits behind that, and the device never for it.
+    """
 
     on_step: OnStep
+    take_sample: Callable[[], Tensor]
     raised: BaseException | None = field(default=None, init=False)
+    sample: Tensor = field(init=False)
 
     def __call__(self, step: int, total: int) -> None:
         try:
@@ -164,3 +177,5 @@ class _Steps:
         except BaseException as error:
             self.raised = error
             raise
+        if step == total:
+            self.sample = self.take_sample()

@@ -26,7 +26,10 @@ def prepare(files: Sequence[LoraFile], shapes: ModelShapes, weights: PatchableWe
         patch = weights.prepare([(lora.deltas, file.ref.scale) for lora, file in zip(parsed, files, strict=True)])
     except torch.OutOfMemoryError:
         raise GpuOutOfMemory("The GPU has not enough memory for the LoRAs.") from None
-    except torch.AcceleratorError as error:  # after a fault the driver answers nothing
+    except torch.AcceleratorError as error:
+        if "out of memory" in str(error):  # the host's, for pages that the GPU reads from
+            raise GpuOutOfMemory("The host has not enough page-locked memory for the LoRAs.") from None
+        # after a fault the driver answers nothing
         raise ModelBroken(f"The device is lost: {describe(error)}") from None
     applied = tuple(_applied(file, lora) for file, lora in zip(files, parsed, strict=True))
     warnings = tuple(_warning(file, lora) for file, lora in zip(files, parsed, strict=True) if lora.skipped)

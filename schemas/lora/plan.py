@@ -155,6 +155,8 @@ class _Planner:
         self._config = config
         self._header = header
         self._file = file
+        # PEFT's lengths under LyCORIS' name: those of a linear layer are a vector, in LyCORIS never
+        self._renamed = any(name.endswith(".dora_scale") and len(it.shape) == 1 for name, it in header.tensors.items())
         self.skipped: list[str] = []
 
     def deltas(self, name: str, module: _Module) -> Iterator[PlannedDelta]:
@@ -209,11 +211,12 @@ class _Planner:
         """Of which axis of the weight DoRA sets the lengths.
 
         LyCORIS and kohya keep [out, 1, ...], or [1, in, ...] in older files; PEFT [out], and [1, out, 1, 1] for
-        convolutions.
+        convolutions, which some rename to LyCORIS' dora_scale.
         """
         shape = squeezed(self._header.tensors[magnitude].shape)
         outputs, inputs = weight[0], math.prod(weight[1:2])
-        if shape in ((outputs,), (outputs, 1)) or (not is_dora_scale and shape == (1, outputs)):
+        of_peft = not is_dora_scale or (self._renamed and len(weight) > 2)
+        if shape in ((outputs,), (outputs, 1)) or (of_peft and shape == (1, outputs)):
             return 0
         if is_dora_scale and len(weight) > 1 and shape == (1, inputs):
             return 1

@@ -1,6 +1,9 @@
 """The fast engine on the whole SDXL architecture with random weights, in float16: graphs, kernels, exact weights."""
 
 import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,59 @@ def test_every_size_is_drawn_and_is_the_same_again(engine: FastEngine) -> None:
         assert image.pixels.std() > 5
     again = draw(engine, PreparedLoras(), width=SIDES[0], height=SIDES[-1], cfg=1.0)
     assert np.array_equal(again.pixels, draw(engine, PreparedLoras(), width=512, height=1536, cfg=1.0).pixels)
+
+
+@contextmanager
+def preparing(engine: FastEngine, file: LoraFile) -> Iterator[None]:
+    """Meanwhile two threads prepare a LoRA again and again."""
+    is_over = False
+
+    def prepare() -> None:
+        while not is_over:
+            engine.prepare([file])
+
+    with ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(prepare) for _ in range(2)]
+        try:
+            yield
+        finally:
+            is_over = True
+    for work in working:
+        work.result()
+
+
+def test_graphs_are_recorded_while_loras_are_prepared_and_guidance_and_steps_come_and_go(
+    engine: FastEngine, files: list[LoraFile], ten: list[PreparedLoras]
+) -> None:
+    """Guards `Captured`'s capture_error_mode, and what of a picture before could stay in `Prompts`."""
+    jobs: list[dict[str, Any]] = [
+        {"width": width, "cfg": cfg, "steps": steps, "prompt": prompt, "negative_prompt": negative}
+        for width, cfg, steps, prompt, negative in [
+            (512, 5.5, 50, "a red fox", ""),
+            (768, 1.0, 20, "a red fox " * 40, ""),
+            (768, 5.5, 20, "a blue hare", "fog"),
+            (512, 1.0, 35, "x", ""),
+            (1344, 5.5, 20, "a red fox", "fog " * 90),
+        ]
+    ]
+    alone = [draw(engine, ten[3], **job) for job in jobs]
+    engine.painter.release()
+    with preparing(engine, files[0]):
+        beside = [draw(engine, ten[3], **job) for job in jobs]
+    again = [draw(engine, ten[3], **job) for job in reversed(jobs)]
+    for one, other, third in zip(alone, beside, reversed(again), strict=True):
+        assert np.array_equal(one.pixels, other.pixels)
+        assert np.array_equal(one.pixels, third.pixels)
+
+
+def test_after_a_failure_the_memory_of_all_graphs_is_given_back(engine: FastEngine) -> None:
+    """Guards `FastPainter.release`: what one graph keeps of their pool is kept for all."""
+    base = draw(engine, PreparedLoras())
+    draw(engine, PreparedLoras(), width=1536, height=1536)
+    engine._recover()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert unused < 1 << 30
+    assert np.array_equal(draw(engine, PreparedLoras()).pixels, base.pixels)
 
 
 def test_a_picture_cancelled_between_steps_changes_nothing_for_the_next(

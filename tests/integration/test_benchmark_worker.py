@@ -46,6 +46,6 @@ def test_a_consumer_that_does_not_start_is_no_measurement(redis_at: RedisServer,
 
 def test_a_job_that_fails_is_no_measurement(redis_at: RedisServer, tmp_path: Path) -> None:
     """Guards `_successes`: a picture that was never drawn must not count as a quick one."""
-    settings = {"REDIS_URL": redis_at.url, "SDXL_PREFIX": "failing", "R2_BUCKET_NAME": "b"}
+    settings = {"REDIS_URL": redis_at.url, "SDXL_PREFIX": "failing", "R2_BUCKET_NAME": "b", "SDXL_MAX_ATTEMPTS": "1"}
     with pytest.raises(RunFailed, match="job-1"):
         run_consumer(settings, [a_request()], tmp_path / "log", module=["benchmarks.simulated", "0.1"])

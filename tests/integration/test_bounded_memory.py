@@ -152,7 +152,7 @@ async def test_memory_is_flat_however_many_jobs_have_gone_through(
     Guards the PEXPIREs and the LTRIM of END_RUN, the MAXLEN of dead letters, and TRIM_COMPLETIONS. Each sample is taken
     when the jobs before it have expired.
     """
-    jobs = int(os.environ.get("SDXL_CHAOS_JOBS", "1500"))
+    jobs = int(os.environ.get("SDXL_CHAOS_JOBS", "900"))
     samples: list[dict[str, int]] = []
     async with a_redis(own_redis.url) as redis, a_client(own_redis.url, keys, job_ttl_s=_TTL_S) as client:
 

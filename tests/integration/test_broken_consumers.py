@@ -42,10 +42,10 @@ def test_a_consumer_that_only_fails_ends_its_process_and_keeps_nothing(world: Wo
 def test_a_consumer_that_was_frozen_for_longer_than_a_stall_goes_on(world: World) -> None:
     """Guards that `Stages._comes_on` counts its looks: by the clock, the time in which nothing ran would be a stall."""
     world.publish("a", steps=20)
-    consumer = world.consumer(CHAOS_STEP_S="0.2", SDXL_STALL_SECONDS="1", SDXL_LEASE_SECONDS="30")
+    consumer = world.consumer(CHAOS_STEP_S="0.1", SDXL_STALL_SECONDS="0.7", SDXL_LEASE_SECONDS="30")
     world.until(lambda: world.executions()["a"])
     consumer.signal(signal.SIGSTOP)
-    time.sleep(1.5)  # not a wait for something: the freeze itself
+    time.sleep(1.1)  # not a wait for something: the freeze itself
     consumer.signal(signal.SIGCONT)
     ended = world.until_ended()
     assert (ended["a"]["type"], ended["a"]["data"]["attempt"]) == ("generation.succeeded", 1)

@@ -30,6 +30,12 @@ PROGRAM = "import sys, pathlib, demo.__main__ as demo; sys.exit(demo.main(pathli
 
 
 @pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processes that draw: two wait for each other when a core is taken."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
 def _redis_is_installed() -> None:
     try:
         redis_executable()
@@ -77,11 +83,13 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
 def test_a_consumer_that_dies_ends_the_demo_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stack, "_DEVICE", "no-such-device")
+    environment = stack._environment
+    monkeypatch.setattr(stack, "_environment", lambda *of: {**environment(*of), "SDXL_LEASE_SECONDS": "long"})
+    monkeypatch.setattr(stack, "_wait_for_materials", lambda *_: None)  # nothing is drawn
     assert run(tmp_path / "out", tmp_path / "gallery.html") == 1
     printed = capfd.readouterr()
-    assert "the consumer ended with status 1" in printed.err
-    assert "model.broken" in printed.err
+    assert "the consumer ended with status 2" in printed.err
+    assert "settings.invalid" in printed.err
     assert not (tmp_path / "gallery.html").exists()
 
 

@@ -60,7 +60,7 @@ async def test_a_picture_is_ordered_drawn_with_its_lora_stored_and_shown(
     redis_at: RedisServer, s3_at: S3Server, tiny_model: Path, keys: Keys, tmp_path: Path
 ) -> None:
     environment = environment_of(redis_at, s3_at, keys, tmp_path)
-    with consuming(redis_at, s3_at, tiny_model, tmp_path, keys, R2_PUBLIC_URL="") as wire:
+    with consuming(redis_at, s3_at, tiny_model, tmp_path, keys, R2_PUBLIC_URL="", SDXL_SPEED="fast") as wire:
         s3_at.create_bucket(BUCKET)
         modules = loras.attention_modules(loras.shapes_of(tiny_model))
         wire.upload(

@@ -20,7 +20,7 @@ from tests.integration.queue_kit import job
 
 # A job that was cancelled by DELETE is still there to be looked at: one check expects it to be gone.
 CANCELLING_IS_NO_REMOVAL = "use_after_free"
-OPTIONS = ["--seed", "1", "--max-examples", "15", "--exclude-checks", CANCELLING_IS_NO_REMOVAL, "--no-color"]
+OPTIONS = ["--seed", "1", "--max-examples", "8", "--exclude-checks", CANCELLING_IS_NO_REMOVAL, "--no-color"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ async def test_a_picture_that_a_consumer_draws_is_the_answer(
 ) -> None:
     s3_at.create_bucket(BUCKET)
     settings = gateway_settings(redis_at, keys, s3_at, r2_bucket=BUCKET)
-    with consuming(redis_at, s3_at, tiny_model, tmp_path, keys) as wire:
+    with consuming(redis_at, s3_at, tiny_model, tmp_path, keys, SDXL_SPEED="fast") as wire:
         async with calling(create_app(settings)) as http:
             found, other = await asyncio.gather(ask(http, 7), ask(http, 8))
             png = base64.b64decode(str(found["image_base64"]))

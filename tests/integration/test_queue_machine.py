@@ -10,7 +10,7 @@ from demo.servers import RedisServer
 from tests.integration.queue_machine import a_machine
 
 VARIABLE = "SDXL_CHAOS_EXAMPLES"
-SMALL, LARGE = 70, 1500
+SMALL, LARGE = 50, 1500
 VERDICTS = ("ok", "lost", "duplicate", "cancelled", "refused", "expired", "exhausted")
 FENCED = ("start", "extend", "retry", "release", "finish")
 

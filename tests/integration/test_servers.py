@@ -49,6 +49,16 @@ def test_a_stopped_redis_is_gone_after_its_block(tmp_path: Path, monkeypatch: py
     assert server.process.returncode == -signal.SIGKILL
 
 
+def test_of_a_log_the_last_lines_are_shown_and_each_of_them_whole(tmp_path: Path) -> None:
+    """Guards `tail`: what a consumer's line is about stands before its traceback."""
+    last = '{"event": "model.broken", "exception": "' + 5000 * "x" + '"}'
+    log = tmp_path / "log"
+    log.write_text("".join(f"line {number}\n" for number in range(100)) + f"{last}\n")
+    shown = servers.tail(log).splitlines()
+    assert shown[-1] == last
+    assert shown[0] == f"line {100 - servers.LOG_TAIL_LINES + 1}"
+
+
 def test_a_redis_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(ServerFailed, match=r"ended with status 1(.|\n)*no-such-option"),

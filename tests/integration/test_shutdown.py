@@ -68,11 +68,12 @@ def test_a_killed_consumers_job_is_done_by_the_next_one(world: World) -> None:
 
 
 def test_a_consumer_that_cannot_load_its_model_says_so_and_pulls_nothing(
-    redis_at: RedisServer, s3: S3Server, tiny_model: Path, tmp_path: Path, keys: Keys
+    redis_at: RedisServer, s3: S3Server, tmp_path: Path, keys: Keys
 ) -> None:
-    with consuming(redis_at, s3, tmp_path / "no-tiny_model", tmp_path, keys) as wire:
+    with consuming(redis_at, s3, tmp_path / "no-model", tmp_path, keys, SDXL_SPEED="fast") as wire:
         wire.add("untouched")
         assert wire.process.wait(60) == 1
+        assert b"model.broken" in wire.log.read_bytes()
         names: Any = wire.redis.zrange(wire.keys.consumers, 0, -1)
         [name] = names
         record = wire.redis.hgetall(wire.keys.consumer(name.decode()))

@@ -256,7 +256,7 @@ def prepare_with(error: Exception, engine: StockEngine, monkeypatch: pytest.Monk
 def test_a_picture_of_weights_that_changed_in_memory_is_not_given_out_and_everything_is_restored(
     engine: StockEngine, pipeline: Any, prepared: PreparedLoras, files_weights: Callable[[Any], int]
 ) -> None:
-    """One flipped bit of a weight that no LoRA patches. Guards `sample` and `check` in `StockEngine._draw`."""
+    """One flipped bit of a weight that no LoRA patches. Guards `sample` and `check` around a picture."""
     weights = engine.painter.weights
     name = "unet.conv_norm_out.weight"
     bits = pipeline.unet.conv_norm_out.weight.data.view(torch.int32)

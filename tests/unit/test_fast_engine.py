@@ -1,5 +1,7 @@
 """Pictures of the fast engine, run in plain torch on a CPU, against the stock engine's."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from consumer import triton_support
 from consumer.engine import GeneratedImage, LoraFile, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
 from consumer.engine.fast.fields import UnknownModel
-from consumer.engine.fast.painter import FastPainter
+from consumer.engine.fast.painter import FastPainter, _ops
 from consumer.engine.painting import PaintingEngine
 from consumer.engine.stock import StockEngine
 from consumer.errors import GenerationFailed, ModelBroken
@@ -120,7 +122,7 @@ class TestABrokenDecoder:
         with torch.no_grad():
             yield FastPainter.load(str(tiny_model), device="cpu", dtype="float16")
 
-    def test_what_overflows_in_half_precision_is_decoded_in_float32_from_then_on(self, painter: FastPainter) -> None:
+    def test_what_overflows_in_half_precision_is_decoded_in_float32(self, painter: FastPainter) -> None:
         """Guards `FastPainter._picture`: beyond what the divisor can save."""
         for part in ("weight", "bias"):
             painter._vae[f"vae.decoder.conv_in.{part}"] *= 1e8
@@ -130,9 +132,24 @@ class TestABrokenDecoder:
         engine = PaintingEngine(broken)
         with structlog.testing.capture_logs() as logs:
             first, second = (draw_with(engine) for _ in range(2))
-        assert [entry["event"] for entry in logs] == ["vae.overflow"]
+        assert [entry["event"] for entry in logs] == ["vae.overflow"] * 2
         assert first.pixels.std() > 5
         assert np.array_equal(first.pixels, second.pixels)
+
+    def test_a_picture_that_overflows_changes_nothing_for_the_next(self, painter: FastPainter) -> None:
+        """Guards `Canvas.decode_by`."""
+
+        def enlarge(step: int, total: int) -> None:
+            if step == total - 1:  # on a CPU the last step is done by then, and the decoding is not
+                (canvas,) = painter._canvases.values()
+                canvas.latents.mul_(1e5)
+
+        engine = PaintingEngine(painter)
+        before = draw_with(engine)
+        with structlog.testing.capture_logs() as logs:
+            engine.generate(a_request(), PreparedLoras(), enlarge)
+        assert [entry["event"] for entry in logs] == ["vae.overflow"]
+        assert np.array_equal(draw_with(engine).pixels, before.pixels)
 
     def test_a_picture_of_latents_that_are_nan_is_refused(self, painter: FastPainter) -> None:
         painter._vae["vae.decoder.conv_in.weight"].fill_(float("nan"))
@@ -159,6 +176,32 @@ def test_a_model_that_it_does_not_know_is_refused_as_such_and_a_broken_one_is_br
         FastEngine.load(str(tmp_path / "nothing"), device="cpu", dtype="float32")
     with pytest.raises(UnknownModel, match="half precision"):
         FastEngine.load(str(tiny_model), device="cuda", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)],
+    ids=["Ada", "Hopper", "B200", "RTX 50"],
+)
+def test_tiles_by_descriptors_are_for_gpus_with_the_shared_memory_for_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    """Guards `consumer.engine.fast.painter._ops`: a tile takes 192 KiB, and what is no data centre's has 99."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert vars(_ops(torch.device("cuda")))["_has_descriptors"] is expected
+
+
+def test_after_a_failure_nothing_of_a_picture_is_kept_and_the_next_one_is_whole(fast: FastEngine) -> None:
+    """Guards `FastPainter.release`: while one graph is kept, so is the memory of all."""
+    whole = draw(fast, a_request())
+    painter = fast.painter
+    kept = [weakref.ref(one) for one in (*painter._canvases.values(), *painter._prompts.values())]
+    painter.release()
+    gc.collect()
+    assert kept
+    assert not any(one() for one in kept)
+    assert np.array_equal(draw(fast, a_request()).pixels, whole.pixels)
 
 
 @pytest.mark.parametrize("missing", ["triton", "compiler"])

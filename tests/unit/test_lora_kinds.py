@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -153,6 +155,19 @@ def test_pefts_magnitude_goes_by_four_names(path: Path, suffix: str) -> None:
     tensors[f"lora_magnitude_vector{suffix}"] = tensors.pop("lora_magnitude_vector")
     (delta,) = read(path, named(CONV, tensors)).deltas
     assert isinstance(delta, DoraDelta)
+    assert_changes(delta, sample.base, sample.change)
+
+
+@pytest.mark.parametrize("layer", ["linear", "3x3", "text"])
+def test_a_dora_is_read_in_the_names_that_diffusers_converts_to(path: Path, layer: str) -> None:
+    """Guards `_FLAT` of `keys`: the converter means kohya's names, and leaves a dot in those of the lengths."""
+    module = LAYERS[layer]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"], init_lora_weights=False, use_dora=True)
+    sample = by_peft(SDXL.weights[module], config)
+    tensors = convert_state_dict_to_kohya(named(module, sample.tensors, alpha=None))
+    assert any(name.count(".") == 2 and name.endswith("lora_magnitude_vector") for name in tensors)
+    (delta,) = read(path, tensors).deltas
+    assert (delta.module, type(delta)) == (module, DoraDelta)
     assert_changes(delta, sample.base, sample.change)
 
 

@@ -23,6 +23,7 @@ SDXL = sdxl_base()
 TO_K = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 TO_Q = TO_K.replace("attn2.to_k", "attn1.to_q")
 CONV = "unet.down_blocks.0.resnets.0.conv1"
+WIDE_CONV = "unet.down_blocks.1.resnets.0.conv1"
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -310,6 +311,19 @@ def test_lengths_of_a_square_weight_are_told_by_their_shape_and_name() -> None:
     ):
         (delta,) = planned(named(TO_Q, lora((640, 640)) | {part: shape})).deltas
         assert delta.magnitude_axis == axis, (part, shape)
+
+
+@pytest.mark.parametrize(("convolution", "outputs"), [(CONV, 320), (WIDE_CONV, 640)], ids=["square", "wide"])
+def test_pefts_lengths_under_lycoris_name_are_told_by_those_of_a_linear_layer(convolution: str, outputs: int) -> None:
+    """Guards `_Planner._renamed`: a vector of a linear layer's lengths is PEFT's, so [1, n, 1, 1] is of the outputs."""
+    _, inputs, *kernel = SDXL.weights[convolution]
+    halves: Shapes = {"lora_down.weight": (4, inputs, *kernel), "lora_up.weight": (outputs, 4, 1, 1)}
+    tensors = named(convolution, halves | {"dora_scale": (1, outputs, 1, 1)})
+    linear = named(TO_K, lora((640, 2048)))
+    renamed = planned(tensors | linear | {f"{TO_K}.dora_scale": (640,)})
+    assert [delta.magnitude_axis for delta in renamed.deltas] == [0, 0]
+    columns = {f"{TO_K}.dora_scale": (1, 2048), f"{convolution}.dora_scale": (1, inputs, 1, 1)}
+    assert [delta.magnitude_axis for delta in planned(tensors | linear | columns).deltas] == [1, 1]
 
 
 @pytest.mark.parametrize("shape", [(639,), (640, 1)], ids=["shorter", "of two dimensions"])

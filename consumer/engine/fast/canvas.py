@@ -1,5 +1,7 @@
 """Everything that one picture size needs on the device, at fixed addresses, so that its steps are CUDA graphs."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,11 +28,11 @@ class Canvas:
         self._inputs = torch.zeros(prompts.batch, *shape[1:], dtype=unet.dtype, device=device)
         self._index = torch.zeros(1, dtype=torch.int64, device=device)
         self._unet = unet
+        self._decoder = decoder
         self._prompts = prompts
         self._ops = ops
-        self._pool = pool
         self.step = Captured(self._step, pool)
-        self.decode_with(decoder)
+        self.decode = Captured(partial(self._decode, decoder), pool)
 
     def begin(self, noise: Tensor, schedule: Schedule) -> None:
         """Starts from `noise`, float32 [1, 4, height / 8, width / 8] on any device, at the schedule's first step."""
@@ -43,12 +45,12 @@ class Canvas:
     def run_once(self) -> None:
         """Goes through a step and a decoding without recording them."""
         self._step()
-        self._decode()
+        self._decode(self._decoder)
 
-    def decode_with(self, decoder: Decoder) -> None:
-        """Decodes by `decoder` from now on."""
-        self._decoder = decoder
-        self.decode = Captured(self._decode, self._pool)
+    @torch.no_grad()
+    def decode_by(self, decoder: Decoder) -> None:
+        """Decodes by another decoder, this once."""
+        self._decode(decoder)
 
     def download(self) -> tuple[Pixels, bool]:
         """The decoded picture, uint8 [height, width, 3], and whether every value of it was finite."""
@@ -66,7 +68,7 @@ class Canvas:
         self._ops.euler(predicted, self.latents, self._inputs, prompts.sigmas, self._index, prompts.guidance)
         self._index.add_(1)
 
-    def _decode(self) -> None:
-        picture = self._decoder.decode(self.latents)[0].float()
+    def _decode(self, decoder: Decoder) -> None:
+        picture = decoder.decode(self.latents)[0].float()
         self._finite.copy_(torch.isfinite(picture).all())
         self._pixels.copy_((picture / 2 + 0.5).clamp(0, 1).mul(255).round())

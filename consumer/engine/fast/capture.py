@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from consumer.engine.common import describe
+from consumer.errors import ModelBroken
+
 Pool = Any  # of memory: what torch.cuda.graph_pool_handle() gives
 
 
@@ -13,7 +16,7 @@ class Captured:
 
     The first call runs it as it is, which also makes kernels and plans ready, and then records it; later calls replay
     the recording. `pool`: what recordings share their memory by, as no two of them ever run at the same time; None on
-    a CPU, where the function is simply called.
+    a CPU, where the function is simply called. Raises ModelBroken where the device breaks the recording off.
     """
 
     def __init__(self, function: Callable[[], None], pool: Pool | None) -> None:
@@ -31,6 +34,10 @@ class Captured:
             return
         graph = torch.cuda.CUDAGraph()
         # thread_local: the next job's LoRA may be on its way to the GPU meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._function()
+        except torch.AcceleratorError as error:
+            # torch stays on the recording's stream then, and its allocator in the middle of it, for good
+            raise ModelBroken(f"A recording broke: {describe(error)}") from None
         self._graph = graph

@@ -3,7 +3,7 @@
 SDXL's decoder makes values beyond what float16 holds, which is why the stock pipeline runs it in float32. They stand
 in the residual stream and between two convolutions, and from both places they go through a GroupNorm, to which their
 scale is nothing. So everything there is kept divided by a power of two: the weights that write to it are divided, which
-is exact, and eps with its square. What comes out is the same, up to float16's own rounding.
+only the smallest notice, and eps with its square. What comes out is the same, up to float16's own rounding.
 """
 
 from collections.abc import Mapping

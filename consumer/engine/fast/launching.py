@@ -30,10 +30,12 @@ class Launcher:
 
         At the end all of them are ready. Raises what the compiler raises.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as self._pool:
-            yield
-        self._pool = None
-        compiled, self._compiled = self._compiled, {}
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as self._pool:
+                yield
+        finally:
+            self._pool = None
+            compiled, self._compiled = self._compiled, {}
         for future in compiled.values():
             future.result()
 

@@ -1,7 +1,7 @@
 """SDXL in plain functions over patchable weights, each step a CUDA graph."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Self
 
 import structlog
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from consumer.engine.common import base_model_name, cut_prompts, noise, refuse_black, refuse_nan, seeded
 from consumer.engine.fast.canvas import Canvas
+from consumer.engine.fast.capture import Pool
 from consumer.engine.fast.checkpoint import Checkpoint, load_checkpoint
 from consumer.engine.fast.decoder import Decoder
 from consumer.engine.fast.fields import UnknownModel
@@ -49,7 +50,7 @@ class FastPainter:
         self._decoder = Decoder(self._vae, checkpoint.vae, self._ops, self._unet.dtype)
         self.marks = Marks(device)
         self._steps = Marks(device)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = _new_pool(device)
         self._prompts: dict[int, Prompts] = {}
         self._canvases: dict[tuple[int, int, int], Canvas] = {}
 
@@ -99,7 +100,10 @@ class FastPainter:
         return cut_prompts(request, [(tokenizer.count, tokenizer.limit) for tokenizer in self._tokenizers])
 
     def release(self) -> None:
+        # the memory of a pool is free only when the last of its graphs is gone, and then the pool is done with
         self._canvases.clear()
+        self._prompts.clear()
+        self._pool = _new_pool(self.device)
 
     def _denoise(self, canvas: Canvas, steps: int, on_step: OnStep) -> None:
         # The GPU is always one step ahead of what has been looked at, so that it never waits for a look.
@@ -119,18 +123,16 @@ class FastPainter:
         pixels, is_finite = canvas.download()
         if not is_finite and canvas.has_finite_latents():
             log.warning("vae.overflow", dtype=str(self._decoder.dtype))
-            self._decode_in_float32()
-            canvas.decode()
+            canvas.decode_by(self._exact_decoder)  # this one alone: no picture depends on the ones before
             pixels, is_finite = canvas.download()
         refuse_nan(is_finite)
         refuse_black(pixels)
         return pixels
 
-    def _decode_in_float32(self) -> None:
-        """From now on; as the stock pipeline always does."""
-        self._decoder = Decoder(self._vae, self._vae_config, self._ops, torch.float32)
-        for canvas in self._canvases.values():
-            canvas.decode_with(self._decoder)
+    @cached_property
+    def _exact_decoder(self) -> Decoder:
+        """In float32, as the stock pipeline always decodes."""
+        return Decoder(self._vae, self._vae_config, self._ops, torch.float32)
 
     def _texts(self, request: GenerationRequest) -> tuple[list[str], list[bool]]:
         """The prompts of a picture's batch, and which of them are not to be encoded as zeros."""
@@ -160,9 +162,15 @@ def _patchable(parameters: Mapping[str, Tensor]) -> tuple[PatchableWeights, dict
     return weights, {name: fixed[name] if name in fixed else weights[name] for name in drawn}
 
 
+def _new_pool(device: torch.device) -> Pool | None:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 def _ops(device: torch.device) -> Ops:
     if device.type != "cuda":
         return TorchOps()
-    from consumer.engine.fast.triton_ops import TritonOps  # Triton is there where CUDA is
+    from consumer.engine.fast.triton_ops import TritonOps
 
-    return TritonOps(has_descriptors=torch.cuda.get_device_capability(device) >= (9, 0))
+    # GPUs for desktops have descriptors from 12 on, but not the shared memory that the tiles take
+    major, _ = torch.cuda.get_device_capability(device)
+    return TritonOps(has_descriptors=major in (9, 10))

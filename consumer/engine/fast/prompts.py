@@ -42,8 +42,8 @@ class Prompts:
         self._ids.copy_(ids, non_blocking=True)
         self._present.copy_(torch.tensor(present), non_blocking=True)
         self._sizes.copy_(torch.tensor([*size, 0.0, 0.0, *size]), non_blocking=True)
-        self.timesteps[: len(schedule.timesteps)] = torch.from_numpy(schedule.timesteps)
-        self.sigmas[: len(schedule.sigmas)] = torch.from_numpy(schedule.sigmas)
+        self.timesteps[: len(schedule.timesteps)].copy_(torch.from_numpy(schedule.timesteps), non_blocking=True)
+        self.sigmas[: len(schedule.sigmas)].copy_(torch.from_numpy(schedule.sigmas), non_blocking=True)
         self.guidance.fill_(guidance)
         self._compute()
 

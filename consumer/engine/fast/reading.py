@@ -86,6 +86,8 @@ def _chunks(places: list[tuple[_Entry, int]]) -> Iterator[_Chunk]:
 def _fill(buffer: Tensor, path: Path, chunks: list[_Chunk]) -> None:
     readers = min(_READERS, len(chunks))
     on_gpu = buffer.device.type == "cuda"
+    if on_gpu:  # what its memory held before may still be read, on the stream that the buffer is of
+        torch.cuda.current_stream(buffer.device).synchronize()
 
     def read(first: int) -> None:
         # from page-locked memory of its own, each reader copies without a detour and beside the others

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +10,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from consumer.engine.fast import kernels, norm_kernels
+from consumer.engine.fast import kernels
 from consumer.engine.fast.launching import Launcher
 from consumer.engine.fast.ops import Hidden
+from consumer.engine.fast.triton_norms import Norms
 
 # cuDNN's attention is the quickest on Hopper; older GPUs have not all of these.
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_BLOCK_ROWS = 64
-_BLOCK_CHANNELS = 64
-_PROGRAMS = 2048  # enough to fill a GPU, few enough to be merged quickly
 _TEXT_ROWS = 128
 _MAX_TOKENS = 80
 _GEGLU_ROWS, _GEGLU_WIDTH, _GEGLU_DEPTH = 128, 128, 64  # of a tile, found by measuring on an H200
-
-
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    """Mean and sum of squared deviations of every channel in every chunk of rows, each [batch, chunks, channels]."""
-
-    means: Tensor
-    squares: Tensor
-    chunk_rows: int
 
 
 class TritonOps:
@@ -43,6 +31,7 @@ class TritonOps:
     def __init__(self, *, has_descriptors: bool) -> None:
         self._has_descriptors = has_descriptors
         self._launch = Launcher()
+        self._norms = Norms(self._launch)
 
     def compiling(self) -> AbstractContextManager[None]:
         """Inside, kernels are compiled side by side instead of being launched; results mean nothing."""
@@ -50,19 +39,19 @@ class TritonOps:
 
     def join(self, x: Tensor, width: int, *, bias: Tensor, residual: Tensor | None = None) -> Hidden:
         out = torch.empty_like(x)
-        return Hidden(out, width, self._moments(out, x, bias=bias, residual=residual))
+        return Hidden(out, width, self._norms.moments(out, x, bias=bias, residual=residual))
 
     def concat(self, first: Tensor, second: Tensor, width: int) -> Hidden:
         batch, rows, channels = first.shape
         out = first.new_empty(batch, rows, channels + second.shape[2])
-        return Hidden(out, width, self._moments(out, first, second=second))
+        return Hidden(out, width, self._norms.moments(out, first, second=second))
 
     def interleave(self, phases: Tensor, width: int, *, bias: Tensor, second: Tensor | None = None) -> Hidden:
         batch, corners, channels = phases.shape
         rows = (corners // (width // 2 + 1) - 1) * 2 * width
         channels = channels // 4 + (0 if second is None else second.shape[2])
         out = phases.new_empty(batch, rows, channels)
-        return Hidden(out, width, self._moments(out, phases, second=second, bias=bias, phases_width=width))
+        return Hidden(out, width, self._norms.moments(out, phases, second=second, bias=bias, phases_width=width))
 
     def group_norm(
         self,
@@ -75,48 +64,16 @@ class TritonOps:
         silu: bool,
         shift: Tensor | None = None,
     ) -> Tensor:
-        x = hidden.x
-        batch, rows, channels = x.shape
-        moments = hidden.moments or self._moments(x, x)
-        normalisers = x.new_empty(2, batch, channels, dtype=torch.float32)
-        group = channels // groups
-        block_group = max(16, triton.next_power_of_2(group))
-        self._launch(
-            norm_kernels.normaliser,
-            (groups, batch),
-            moments.means,
-            moments.squares,
-            moments.means if shift is None else shift,
-            weight,
-            bias,
-            normalisers[0],
-            normalisers[1],
-            rows,
-            channels,
-            moments.chunk_rows,
-            moments.means.shape[1],
-            group,
-            0 if shift is None else shift.stride(0),
-            eps,
-            HAS_SHIFT=shift is not None,
-            BLOCK_CHUNKS=4096 // block_group,
-            BLOCK_GROUP=block_group,
-        )
-        out = torch.empty_like(x)
-        grid = (triton.cdiv(channels, _BLOCK_CHANNELS), triton.cdiv(rows, _BLOCK_ROWS), batch)
-        blocks = {"BLOCK_ROWS": _BLOCK_ROWS, "BLOCK_CHANNELS": _BLOCK_CHANNELS}
-        self._launch(
-            norm_kernels.normalise, grid, x, normalisers[0], normalisers[1], out, rows, channels, SILU=silu, **blocks
-        )
-        return out
+        moments = hidden.moments or self._norms.moments(hidden.x, hidden.x)
+        return self._norms.group_norm(hidden.x, moments, weight, bias, groups=groups, eps=eps, silu=silu, shift=shift)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self._layer_norm(x, None, None, weight, bias)[1]
+        return self._norms.layer_norm(x, None, None, weight, bias)[1]
 
     def add_layer_norm(
         self, x: Tensor, change: Tensor, change_bias: Tensor, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._layer_norm(x, change, change_bias, weight, bias)
+        return self._norms.layer_norm(x, change, change_bias, weight, bias)
 
     def geglu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows, width = x.shape[0], weight.shape[0] // 2
@@ -195,69 +152,3 @@ class TritonOps:
             GUIDED=inputs.shape[0] == 2,
             BLOCK=1024,
         )
-
-    def _moments(
-        self,
-        out: Tensor,
-        first: Tensor,
-        *,
-        second: Tensor | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        phases_width: int = 0,
-    ) -> _Moments:
-        """Fills `out` with what the arguments say, unless it is `first` itself, and takes its moments."""
-        batch, rows, channels = out.shape
-        blocks = triton.cdiv(channels, _BLOCK_CHANNELS)
-        most = max(64, _PROGRAMS // (blocks * batch))
-        chunk_rows = _BLOCK_ROWS * triton.cdiv(rows, _BLOCK_ROWS * most)
-        chunks = triton.cdiv(rows, chunk_rows)
-        found = out.new_empty(2, batch, chunks, channels, dtype=torch.float32)
-        self._launch(
-            norm_kernels.moments,
-            (blocks, chunks, batch),
-            first,
-            first if second is None else second,
-            first if residual is None else residual,
-            first if bias is None else bias,
-            out,
-            found[0],
-            found[1],
-            rows,
-            channels,
-            channels - (0 if second is None else second.shape[2]),
-            chunk_rows,
-            phases_width or 2,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_SECOND=second is not None,
-            IS_PHASES=phases_width > 0,
-            WRITES=out is not first,
-            BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_CHANNELS=_BLOCK_CHANNELS,
-        )
-        return _Moments(found[0], found[1], chunk_rows)
-
-    def _layer_norm(
-        self, x: Tensor, change: Tensor | None, change_bias: Tensor | None, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows, channels = x.shape
-        total = x if change is None else torch.empty_like(x)
-        out = torch.empty_like(x)
-        self._launch(
-            norm_kernels.layer_norm,
-            (triton.cdiv(rows, 2),),
-            x,
-            x if change is None else change,
-            weight if change_bias is None else change_bias,
-            weight,
-            bias,
-            total,
-            out,
-            rows,
-            channels,
-            ADDS=change is not None,
-            BLOCK_ROWS=2,
-            BLOCK_CHANNELS=triton.next_power_of_2(channels),
-        )
-        return total, out
