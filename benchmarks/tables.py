@@ -107,10 +107,40 @@ def worker(results: Path) -> str:
     return _table(("", "workload", "jobs", "p50 s", "p95 s", "images/s", "GPU idle %"), rows)
 
 
+def weights(results: Path) -> str:
+    """How many weights are not what they were: after random switches by ours, and after the usual fuse and unfuse."""
+    rows = [
+        (label, str(one["switches"]), f"{one['weights_changed']:,}", f"{one['weights']:,}")
+        for what, label in (("switches", "ours, kinds at random, one in nine failing"), ("usual", "fuse and unfuse"))
+        for one in newest(results / "switches.jsonl", "what")
+        if one["what"] == what
+    ]
+    return _table(("", "switches", "weights changed", "of"), rows)
+
+
+def patches(results: Path) -> str:
+    """What patching in costs on the device, by how much a LoRA touches."""
+    rows = [
+        (
+            f"{one['extent']}, rank {one['rank']}",
+            str(one["modules"]),
+            _number(one["bytes"] / 1e6, 0),
+            *(_number(1000 * one[part][figure], 2) for part, figure in _PATCH_PARTS),
+            str(one["patch_s"]["n"]),
+        )
+        for one in newest(results / "switches.jsonl", "what", "extent", "rank")
+        if one["what"] == "time"
+    ]
+    head = ("LoRA", "modules", "MB", "patch p50 ms", "p95 ms", "launching it ms", "restore ms", "packing ms", "n")
+    return _table(head, rows)
+
+
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "engines": engines,
     "parts": parts,
     "switch": switch,
+    "weights": weights,
+    "patches": patches,
     "quality": quality,
     "cold start": cold_start,
     "worker": worker,
@@ -123,6 +153,9 @@ _EXTRAS = (
     ("power_w", 0),
     ("set_up_s", 0),
 )
+
+
+_PATCH_PARTS = (("patch_s", "p50"), ("patch_s", "p95"), ("launch_s", "p50"), ("restore_s", "p50"), ("prepare_s", "p50"))
 
 
 def filled(page: str, results: Path = RESULTS) -> str:

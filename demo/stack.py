@@ -54,9 +54,7 @@ class Stack:
         """Raises Interrupted, and ServerFailed, with the tail of its log, if the consumer has ended."""
         _check_stop(self.stop)
         if self.consumer.poll() is not None:
-            raise ServerFailed(
-                f"the consumer ended with status {self.consumer.returncode}:\n{tail(self.consumer_log)}"
-            )
+            raise ServerFailed(f"the consumer ended with status {self.consumer.returncode}:\n{tail(self.consumer_log)}")
 
 
 @contextmanager

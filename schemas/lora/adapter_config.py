@@ -13,10 +13,14 @@ from typing import Any
 
 from schemas import strict_json
 from schemas.lora.errors import LoraUnusable
+from schemas.lora.header import shown
 
 METADATA_KEY = "lora_adapter_metadata"
 
 MAX_CONFIG_BYTES = 1024 * 1024
+
+# What PEFT begins a LoRA with, taking it off the base: the tensors alone are then not the change.
+_OFF_THE_BASE = re.compile(r"pissa|olora|loftq|corda|lora_ga", re.IGNORECASE)
 
 _LITERAL_PATTERN = re.compile(r"\^?(?P<path>[\w.]+)\$?")
 
@@ -37,6 +41,7 @@ class AdapterConfig:
             raise _broken(str(error)) from None
         if not isinstance(config, dict):
             raise _broken("not a JSON object")
+        _refuse_other_bases(config)
         self._config: dict[str, Any] = config
         self._patterns: dict[str, dict[str, tuple[int, Any]]] = {}
 
@@ -72,6 +77,16 @@ class AdapterConfig:
         if field == "alpha_pattern" and not isinstance(value, dict | None):
             raise _broken("alpha_pattern is not an object")
         return value
+
+
+def _refuse_other_bases(config: Mapping[str, Any]) -> None:
+    for field, value in config.items():
+        if field.endswith("init_lora_weights") and isinstance(value, str) and _OFF_THE_BASE.match(value):
+            kind = shown(value)
+            raise LoraUnusable(
+                f"The LoRA is for another base: one less what it began with ({kind}). Convert it to a plain LoRA.",
+                details={"kind": kind},
+            )
 
 
 def _by_path(patterns: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:

@@ -31,7 +31,7 @@ _UNSUPPORTED_KINDS = (
     (re.compile(r"(?m)\.oft_|\.boft_"), "OFT"),
     (re.compile(r"(?m)\.ia3_|\.on_input$"), "(IA)^3"),
     (re.compile(r"(?m)^vera_|\.vera_"), "VeRA"),
-    (re.compile(r"(?m)\.(a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
+    (re.compile(r"(?m)\.(a1|a2|b1|b2|bm)\.weight$|\.glora_"), "GLoRA"),
     (re.compile(r"(?m)xlora_"), "X-LoRA"),
     (re.compile(r"(?m)\.lora_(ups|downs|experts|route)\b"), "a mixture of LoRAs (HydraLoRA and the like)"),
     (re.compile(r"(?m)\.lora_E$|\.ranknum$"), "AdaLoRA"),

@@ -118,7 +118,7 @@ def a_loha(stock: Any, path: Path) -> tuple[Path, Tensors]:
 def a_lokr(stock: Any, path: Path) -> tuple[Path, Tensors]:
     """LoKr in PEFT's names, of convolutions too."""
     drawn, changes = Drawn(2), {}
-    for name, base in parameters(stock, "attn2.to_out.0", "conv2").items():
+    for name, base in parameters(stock, "attn2.to_out.0", "conv2", "upsamplers.0.conv").items():
         module, (outputs, *inputs) = name.removesuffix(".weight"), base.shape
         left = drawn.add(module, "lokr_w1", 4, 4, size=0.3)
         right = drawn.add(module, "lokr_w2_a", outputs // 4, RANK, size=0.3) @ drawn.add(

@@ -12,6 +12,12 @@ from tests.integration.queue_kit import a_request, job, publish, where_is
 from tests.integration.worker_kit import Bench, of_job
 
 
+@pytest.fixture(autouse=True)
+def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is told to stop is at its wait for entries, mostly."""
+    monkeypatch.setattr("consumer.worker.BLOCK_S", 0.1)
+
+
 @pytest.fixture
 def bench(redis: Redis, keys: Keys, redis_at: RedisServer) -> Bench:
     return Bench(redis, keys, redis_at.url)

@@ -324,6 +324,7 @@ def test_a_lora_of_another_size_is_refused_with_both_shapes(path: Path, shapes: 
         ("on_input", "(IA)^3"),
         ("vera_lambda_b", "VeRA"),
         ("a1.weight", "GLoRA"),
+        ("glora_A.Xd", "GLoRA"),
         ("internal_xlora_classifier.weight", "X-LoRA"),
         ("lora_ups.0.weight", "HydraLoRA"),
         ("lora_E", "AdaLoRA"),

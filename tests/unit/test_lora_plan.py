@@ -1,5 +1,6 @@
 """What a header alone tells: every module of SDXL by every naming in every kind, and what does not fit."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,6 +312,17 @@ def test_lengths_of_a_square_weight_are_told_by_their_shape_and_name() -> None:
     ):
         (delta,) = planned(named(TO_Q, lora((640, 640)) | {part: shape})).deltas
         assert delta.magnitude_axis == axis, (part, shape)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "olora", "loftq", "corda", "lora_ga"])
+def test_a_lora_that_was_taken_off_the_base_is_refused(init: str) -> None:
+    """Guards `_refuse_other_bases`: PEFT changes the base's weights before it trains such a one."""
+    file = named(TO_Q, peft((640, 640)))
+    for field in ("init_lora_weights", "unet.init_lora_weights"):
+        with pytest.raises(LoraUnusable, match=f"for another base.*{init}"):
+            planned(file, metadata={METADATA_KEY: json.dumps({field: init})})
+    for harmless in (True, "gaussian", "orthogonal", "eva"):
+        planned(file, metadata={METADATA_KEY: json.dumps({"unet.init_lora_weights": harmless})})
 
 
 @pytest.mark.parametrize(("convolution", "outputs"), [(CONV, 320), (WIDE_CONV, 640)], ids=["square", "wide"])
