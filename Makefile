@@ -19,8 +19,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## run a dozen requests end to end and write demo/gallery.html
 	@$(BIN)/python -m demo
 
-test: setup  ## run every test, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## run every test, in three processes
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 chaos: setup  ## inject every fault there is a name for, then MINUTES of random ones; print and write the figures
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES)

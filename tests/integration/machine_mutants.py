@@ -2,7 +2,8 @@
 
 Most do within the 50 examples of `make test`. Some need what seldom happens, and up to 600 examples, which `make chaos`
 gives them: the tokens of RETRY and EXTEND, RETRY's looks at the owner and the state, a start announced twice, a job
-promoted twice, CANCEL_WAITING's look at the state, the run number in SUBMIT, a BEGIN that renews nothing.
+promoted twice, CANCEL_WAITING's looks at state and entry, the run number in SUBMIT, a BEGIN that renews nothing, a trim
+of what one group still needs.
 Not in the list is what another line guards as well: BEGIN's look whether the owned run has ended (its entry is gone
 then), and CANCEL_WAITING's at run and attempt (each has an entry of its own).
 """
