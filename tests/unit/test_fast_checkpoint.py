@@ -160,6 +160,17 @@ def test_weights_in_several_files_and_names_of_old_are_read(folder: Path, stock:
     assert same(load(folder).parameters, stock)
 
 
+def test_an_autoencoder_whose_attention_is_named_as_of_old_is_read(folder: Path, stock: dict[str, Tensor]) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    tensors = load_file(path)
+    for new, old in names.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, path)
+    assert same(load(folder).parameters, stock)
+
+
 def test_half_precision_files_come_first_where_there_are_some(folder: Path) -> None:
     """Guards `weight_files`."""
     both = folder / "unet", "diffusion_pytorch_model"

@@ -1,5 +1,6 @@
 """A diffusers SDXL model as the fast engine takes it: configurations, tokenizers, and parameters on the device."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from schemas.lora.shapes import ModelShapes
 
 _VARIANT = "fp16"
 _NEVER_LOADED = ("encoder.", "quant_conv.")  # of the autoencoder
+# its attention, as diffusers named it before 0.17
+_OLD_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_PROJECTION = re.compile(rf"\.({'|'.join(_OLD_PROJECTIONS)})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,8 @@ class _Part:
         return not name.endswith(".position_ids")  # a buffer of old
 
     def _modern(self, name: str) -> str:
+        if self.name == "vae":
+            return _OLD_PROJECTION.sub(lambda old: f".{_OLD_PROJECTIONS[old[1]]}.", name)
         return name.removeprefix("text_model.") if self.name == "text_encoder" else name
 
     def _refuse(self, names: Iterable[str], what: str) -> None:
