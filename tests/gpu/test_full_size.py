@@ -1,21 +1,19 @@
 """The whole SDXL architecture with random weights, in float16 on a GPU: exact weights, exact base pictures."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from benchmarks import full_size
 from consumer.engine import LoraFile, PreparedLoras
 from consumer.engine.stock import StockEngine
 from consumer.errors import JobCancelled
 from consumer.lora.shapes import model_shapes
 from demo import loras
 from schemas.requests import GenerationRequest, LoraRef
-from tests import sdxl_base
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,37 +23,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_model: Path) -> Iterator[Any]:
-    tiny = StableDiffusionXLPipeline.from_pretrained(tiny_model)
-    words = {"vocab_size": tiny.text_encoder.config.vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
-        unet, text_encoder = sdxl_base.unet(), sdxl_base.text_encoder(**words)
-        text_encoder_2 = sdxl_base.text_encoder_2(**words)
-        torch.set_default_dtype(torch.float32)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=1024,
-            scaling_factor=0.13025,
-            force_upcast=True,
-        )
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_encoder.eval(),
-        text_encoder_2=text_encoder_2.eval(),
-        tokenizer=tiny.tokenizer,
-        tokenizer_2=tiny.tokenizer_2,
-        unet=unet.eval(),
-        scheduler=EulerDiscreteScheduler.from_config(tiny.scheduler.config),
-        add_watermarker=False,
-    )
+def pipeline() -> Any:
+    pipeline = full_size.random_pipeline("cuda")
+    pipeline.vae.to(torch.float32)  # as a consumer's, which would overflow
     pipeline.set_progress_bar_config(disable=True)
-    yield pipeline
-    torch.set_default_dtype(torch.float32)
+    return pipeline
 
 
 @pytest.fixture(scope="module")
