@@ -2,10 +2,7 @@
 
 import io
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +12,50 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.workload import Laps
 from schemas.requests import GenerationRequest
 
 
-@dataclass(slots=True)
-class Stopwatch:
-    """Seconds by part, in the order in which the parts came."""
+def variant(model: Path) -> str | None:
+    """The variant of a diffusers folder's files that half precision is loaded from."""
+    return "fp16" if any((model / "unet").glob("*.fp16.safetensors")) else None
 
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - began
+def stock_pipeline(model: Path, device: str, dtype: str, **parts: Any) -> Any:
+    """diffusers' own pipeline of a folder, on `device`, with `parts` in the place of its own."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "add_watermarker": False, **parts}
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(model, variant=variant(model), **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
 
 
 class UsualPipeline:
     """Stock diffusers, with each LoRA loaded, fused, unfused and unloaded again, and PNGs by Pillow."""
 
     def __init__(self, model: Path, device: str, dtype: str) -> None:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        variant = "fp16" if any((model / "unet").glob("*.fp16.safetensors")) else None
-        self._pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-            model, dtype=getattr(torch, dtype), variant=variant, use_safetensors=True, add_watermarker=False
-        )
-        self._pipeline.set_progress_bar_config(disable=True)
-        self._pipeline.to(device)
+        self.device = device
+        self._pipeline = stock_pipeline(model, device, dtype)
 
-    def draw(self, request: GenerationRequest, lora: Path | None, watch: Stopwatch) -> bytes:
+    def draw(self, request: GenerationRequest, lora: Path | None, laps: Laps) -> bytes:
         """The PNG of one picture. Parts: load, fuse, draw, unfuse, unload, encode."""
         if lora is not None:
-            with watch.part("load"):
-                self._pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
-            with watch.part("fuse"):
-                self._pipeline.fuse_lora(lora_scale=request.lora_scale)
-        with watch.part("draw"):
-            image = self._picture(request)
+            self._pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+            laps.end("load")
+            self._pipeline.fuse_lora(lora_scale=request.lora_scale)
+            laps.end("fuse")
+        image = self._picture(request)
+        laps.end("draw")
         if lora is not None:
-            with watch.part("unfuse"):
-                self._pipeline.unfuse_lora()
-            with watch.part("unload"):
-                self._pipeline.unload_lora_weights()
-        with watch.part("encode"):
-            png = io.BytesIO()
-            image.save(png, "PNG")
+            self._pipeline.unfuse_lora()
+            laps.end("unfuse")
+            self._pipeline.unload_lora_weights()
+            laps.end("unload")
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        laps.end("encode")
         return png.getvalue()
 
     def _picture(self, request: GenerationRequest) -> Any:
@@ -83,15 +77,15 @@ def serve(
 
     `store`: puts a PNG under a key.
     """
-    watch = Stopwatch()
+    laps = Laps(pipeline.device)
     file = None
     if request.lora_url is not None:
-        with watch.part("download"):
-            file = _download(request.lora_url, folder / f"{request.job_id}.safetensors")
-    png = pipeline.draw(request, file, watch)
-    with watch.part("upload"):
-        store(request.image_key, png)
-    return watch.seconds
+        file = _download(request.lora_url, folder / f"{request.job_id}.safetensors")
+        laps.end("download")
+    png = pipeline.draw(request, file, laps)
+    store(request.image_key, png)
+    laps.end("upload")
+    return laps.seconds
 
 
 def _download(url: str, path: Path) -> Path:

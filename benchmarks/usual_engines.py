@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
+from diffusers import AutoencoderKL
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.utils import logging as transformers_logging
 
+from benchmarks.usual import stock_pipeline, variant
 from benchmarks.workload import SCALE, Laps, Workload
 from consumer.engine import Pixels
 
@@ -52,14 +51,8 @@ class AsPeopleUseIt:
         return laps.seconds
 
     def _load(self) -> Any:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
         work = self._workload
-        options: dict[str, Any] = {"dtype": getattr(torch, work.dtype), "add_watermarker": False, **self._parts()}
-        pipeline = StableDiffusionXLPipeline.from_pretrained(work.model, variant=_variant(work), **options)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(work.device)
+        return stock_pipeline(work.model, work.device, work.dtype, **self._parts())
 
     def _parts(self) -> dict[str, Any]:
         return {}
@@ -121,7 +114,7 @@ class WellSetUp(AsPeopleUseIt):
         if getattr(torch, work.dtype) not in _HALF:
             return {}
         vae = AutoencoderKL.from_pretrained(
-            work.model, subfolder="vae", variant=_variant(work), torch_dtype=torch.bfloat16
+            work.model, subfolder="vae", variant=variant(work.model), torch_dtype=torch.bfloat16
         )
         return {"vae": vae}
 
@@ -179,7 +172,3 @@ class HotSwapped(Compiled):
         if not self._swaps:
             self.pipeline.set_adapters(_ADAPTER, adapter_weights=SCALE)
         self._swaps = True
-
-
-def _variant(workload: Workload) -> str | None:
-    return "fp16" if any((workload.model / "unet").glob("*.fp16.safetensors")) else None
