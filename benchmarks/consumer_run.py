@@ -1,7 +1,6 @@
 """One run of the real consumer: its process, its jobs by the wire, and what its events and its log say afterwards."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from redis import Redis
 
 from benchmarks.spread import spread
+from demo.servers import shell_environment
 from producer.client import GenerationClient
 from producer.settings import ProducerSettings
 from schemas.events import EVENT, SucceededEvent, Timings
@@ -25,8 +25,6 @@ START_TIMEOUT_S = 300.0
 JOB_TIMEOUT_S = 300.0
 RAMP_UP = 3
 _STOP_TIMEOUT_S = 40.0
-# What is set in the shell of whoever measures belongs to another deployment.
-_FOREIGN = ("SDXL_", "R2_", "LORA_", "UPLOAD_", "WEBHOOK_", "AWS_", "REDIS_URL", "DATABASE_URL", "HUGGINGFACE_", "HF_")
 
 
 class RunFailed(Exception):
@@ -83,14 +81,13 @@ def consumer_process(
     environment: Mapping[str, str], log: Path, module: Sequence[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m` of `module` with these settings and no others; it drains when the block ends."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**own, **environment},
+            env={**shell_environment(), **environment},
         )
     try:
         yield process

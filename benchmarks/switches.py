@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -171,7 +172,7 @@ def timed(weights: PatchableWeights, model: Any, runs: int) -> Iterator[dict[str
             patch = weights.prepare([(deltas, 0.8)])
             synchronize(on_gpu)
             seconds["prepare"].append(time.perf_counter() - began)
-            launch, took = clocked(lambda patch=patch: weights.patch(patch), on_gpu)  # type: ignore[misc]
+            launch, took = clocked(partial(weights.patch, patch), on_gpu)
             seconds["launch"].append(launch)
             seconds["patch"].append(took)
             seconds["restore"].append(clocked(weights.restore, on_gpu)[1])

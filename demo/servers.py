@@ -1,5 +1,6 @@
 """Real servers on loopback, as child processes: a Redis, and an S3 that moto plays."""
 
+import os
 import re
 import shutil
 import socket
@@ -27,6 +28,9 @@ LOG_TAIL_LINES = 20
 # Each server says this in its own log, so another one's answer on the same port is never taken for it.
 _REDIS_READY = re.compile(rb"Ready to accept connections")
 _S3_READY = re.compile(rb"Running on http://127\.0\.0\.1:(\d+)")
+
+# What is set in the shell of whoever starts a consumer here belongs to another deployment.
+_FOREIGN = ("SDXL_", "R2_", "LORA_", "UPLOAD_", "WEBHOOK_", "AWS_", "REDIS_URL", "DATABASE_URL", "HUGGINGFACE_", "HF_")
 
 
 class ServerFailed(Exception):
@@ -95,6 +99,11 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     with _running([sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"], log) as process:
         port = int(wait_until_ready(process, log, _S3_READY)[1])
         yield S3Server(f"http://127.0.0.1:{port}", "test-access-key", "test-secret-key", process)
+
+
+def shell_environment() -> dict[str, str]:
+    """This process's environment without what configures a deployment: for children that are given their own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
 
 
 def redis_executable() -> Path:

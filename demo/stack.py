@@ -1,6 +1,5 @@
 """Everything that the demo runs on, as child processes of its own: a Redis, an S3, and one consumer."""
 
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from demo.servers import S3Server, ServerFailed, redis_server, s3_server, tail
+from demo.servers import S3Server, ServerFailed, redis_server, s3_server, shell_environment, tail
 from producer.settings import ProducerSettings
 from producer.storage import PresignedUrls
 
@@ -26,8 +25,6 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MATERIALS_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 10.0
 _LOOK_S = 0.1
-# What is set in the shell of whoever runs the demo belongs to another deployment.
-_FOREIGN = ("SDXL_", "R2_", "LORA_", "UPLOAD_", "WEBHOOK_", "AWS_", "REDIS_URL", "DATABASE_URL", "HUGGINGFACE_", "HF_")
 
 
 class Interrupted(Exception):
@@ -137,7 +134,6 @@ def _check_stop(stop: Event) -> None:
 def _child(
     module_and_arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     with log.open("wb") as output:
         # in a group of its own: Ctrl-C is for the demo, which ends its children in its own time
         process = subprocess.Popen(
@@ -146,7 +142,7 @@ def _child(
             stdout=output,
             stderr=output,
             cwd=_ROOT,
-            env={**own, **(environment or {})},
+            env={**shell_environment(), **(environment or {})},
             process_group=0,
         )
     try:

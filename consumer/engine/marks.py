@@ -28,7 +28,7 @@ class Marks:
         self._set_at[name] = time.perf_counter()
         if self._on_gpu:
             if name not in self._events:
-                self._events[name] = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+                self._events[name] = _event()
             self._events[name].record()
 
     def wait(self, name: Hashable) -> None:
@@ -46,3 +46,7 @@ class Marks:
         self._events[second].synchronize()
         milliseconds: float = self._events[first].elapsed_time(self._events[second])
         return milliseconds / 1000
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]  # torch has no types

@@ -41,7 +41,7 @@ def _applied(file: LoraFile, lora: ParsedLora) -> AppliedLora:
         name=file.ref.name,
         version=file.ref.version,
         scale=file.ref.scale,
-        modules=len({delta.module for delta in lora.deltas}) if file.ref.scale else 0,
+        modules=lora.modules if file.ref.scale else 0,
         skipped=len(lora.skipped),
     )
 

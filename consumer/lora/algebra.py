@@ -38,7 +38,7 @@ class HadamardDelta:
         return "weight"
 
     def change(self, base: Tensor) -> Tensor:
-        product = self.first.on(base.device).mul_(self.second.on(base.device))
+        product = self.first.on(base.device) * self.second.on(base.device)
         return product.mul_(self.factor).view(base.shape)
 
 

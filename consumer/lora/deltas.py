@@ -75,12 +75,14 @@ class ParsedLora:
 
 
 def with_tensors(delta: AnyDelta, of: Callable[[Tensor], Tensor]) -> AnyDelta:
-    """The same delta with `of(tensor)` for each of its tensors: on another device, or in page-locked memory."""
-    new: dict[str, Any] = {}
-    for field in fields(delta):  # type: ignore[arg-type]  # every delta is a dataclass
-        value = getattr(delta, field.name)
-        if isinstance(value, Tensor):
-            new[field.name] = of(value)
-        elif is_dataclass(value) and not isinstance(value, type):
-            new[field.name] = with_tensors(value, of)  # type: ignore[type-var]
-    return replace(delta, **new)  # type: ignore[type-var]
+    """The same delta with `of(tensor)` for each of its tensors: on another device, for example."""
+    made: AnyDelta = _mapped(delta, of)
+    return made
+
+
+def _mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return of(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _mapped(getattr(value, field.name), of) for field in fields(value)})
+    return value

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
-from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming
+from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming, stock_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,11 +34,7 @@ def wire(
 
 @pytest.fixture(scope="module")
 def stock(tiny_model: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return stock_pipeline(tiny_model)
 
 
 def parameters(stock: Any, *ends: str) -> Tensors:

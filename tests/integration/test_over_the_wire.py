@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from demo import loras
 from demo.servers import RedisServer, S3Server
 from schemas.keys import Keys
-from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming
+from tests.integration.wire_kit import BUCKET, SMALL, Wire, consuming, stock_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,11 +36,7 @@ def wire(
 
 @pytest.fixture(scope="module")
 def stock(tiny_model: Path) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return stock_pipeline(tiny_model)
 
 
 def draw(stock: Any, deltas: dict[str, torch.Tensor]) -> np.ndarray[Any, np.dtype[np.int16]]:

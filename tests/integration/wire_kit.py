@@ -127,3 +127,12 @@ def consuming(
         process.kill()
         process.wait()
         redis.close()
+
+
+def stock_pipeline(model: Path) -> Any:
+    """What pictures are compared with: diffusers' own pipeline."""
+    from diffusers import StableDiffusionXLPipeline  # takes seconds, which other tests of the wire do without
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

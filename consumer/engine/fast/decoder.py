@@ -9,8 +9,8 @@ only the smallest notice, and eps with its square. What comes out is the same, u
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from consumer.engine.fast.configs import VaeConfig
 from consumer.engine.fast.layers import Layers
@@ -50,7 +50,7 @@ class Decoder:
         layers = self._layers
         _, _, width, _ = latents.shape
         weight, bias = self._before
-        x = F.linear((latents / self._config.scaling_factor).flatten(1, 2).to(weight.dtype), weight, bias)
+        x = functional.linear((latents / self._config.scaling_factor).flatten(1, 2).to(weight.dtype), weight, bias)
         hidden = Hidden(layers.convolve(x, width, "conv_in", bias=True), width)
         hidden = self._resnet(hidden, "mid_block.resnets.0")
         hidden = self._attend(hidden, "mid_block.attentions.0")
@@ -72,7 +72,7 @@ class Decoder:
         query, key, value = (self._layers.linear(x, f"{name}.to_{letter}") for letter in "qkv")
         query = query * x.shape[1] ** -0.5
         mixed = [torch.softmax(_scores(rows, key), -1).to(x.dtype) @ value for rows in query.split(_ROWS_AT_ONCE)]
-        x = F.linear(torch.cat(mixed), self._layers.weight(f"{name}.to_out.0"))
+        x = functional.linear(torch.cat(mixed), self._layers.weight(f"{name}.to_out.0"))
         bias = self._layers.bias(f"{name}.to_out.0")
         return self._ops.join(x[None], hidden.width, bias=bias, residual=hidden.x)
 

@@ -1,4 +1,4 @@
-"""Launching Triton kernels, or compiling them ahead: side by side, which one after another would take ten seconds."""
+"""Launching Triton kernels, or compiling them ahead: side by side, as one after another takes seconds."""
 
 import os
 from collections.abc import Iterator

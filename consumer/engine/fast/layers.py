@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from consumer.engine.fast.ops import Hidden, Ops
 from consumer.engine.fast.upsampling import phase_weight
@@ -51,10 +51,10 @@ class Layers:
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """A linear layer, or a 1x1 convolution."""
-        return F.linear(x, self.weight(name).flatten(1), self.bias(name))
+        return functional.linear(x, self.weight(name).flatten(1), self.bias(name))
 
     def linear_without_bias(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weight(name))
+        return functional.linear(x, self.weight(name))
 
     def convolve(self, x: Tensor, width: int, name: str, *, stride: int = 1, bias: bool = False) -> Tensor:
         """A 3x3 convolution of [batch, rows, channels]; without its bias, which is for the next step to add."""
@@ -93,5 +93,5 @@ class Layers:
 def _convolve(x: Tensor, width: int, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     batch, rows, channels = x.shape
     picture = x.view(batch, rows // width, width, channels).permute(0, 3, 1, 2)
-    convolved = F.conv2d(picture, weight, bias, stride, padding=1).permute(0, 2, 3, 1)
+    convolved = functional.conv2d(picture, weight, bias, stride, padding=1).permute(0, 2, 3, 1)
     return convolved.reshape(batch, -1, convolved.shape[3])

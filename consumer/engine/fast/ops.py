@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,6 @@ class Hidden:
     x: Tensor
     width: int
     moments: Any = None
-
-    @property
-    def height(self) -> int:
-        return int(self.x.shape[1]) // self.width
 
 
 class Ops(Protocol):
@@ -144,11 +140,11 @@ class TorchOps:
         x = hidden.x.float()
         if shift is not None:
             x = x + shift[:, None, :]
-        x = F.group_norm(x.transpose(1, 2), groups, weight.float(), bias.float(), eps).transpose(1, 2)
-        return (F.silu(x) if silu else x).to(hidden.x.dtype).contiguous()
+        x = functional.group_norm(x.transpose(1, 2), groups, weight.float(), bias.float(), eps).transpose(1, 2)
+        return (functional.silu(x) if silu else x).to(hidden.x.dtype).contiguous()
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float()).to(x.dtype)
+        return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float()).to(x.dtype)
 
     def add_layer_norm(
         self, x: Tensor, change: Tensor, change_bias: Tensor, weight: Tensor, bias: Tensor
@@ -157,11 +153,11 @@ class TorchOps:
         return total, self.layer_norm(total, weight, bias)
 
     def geglu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        value, gate = F.linear(x, weight, bias).float().chunk(2, -1)
-        return (value * F.gelu(gate)).to(x.dtype)
+        value, gate = functional.linear(x, weight, bias).float().chunk(2, -1)
+        return (value * functional.gelu(gate)).to(x.dtype)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value)
+        return functional.scaled_dot_product_attention(query, key, value)
 
     attend_text = attend
 

@@ -4,9 +4,9 @@ import math
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -79,7 +79,7 @@ class TritonOps:
         rows, width = x.shape[0], weight.shape[0] // 2
         out = x.new_empty(rows, width)
         if not self._has_descriptors:
-            x, blocks = F.linear(x, weight, bias), {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 512}
+            x, blocks = functional.linear(x, weight, bias), {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 512}
             self._launch(kernels.gate, (triton.cdiv(rows, 4), triton.cdiv(width, 512)), x, out, rows, width, **blocks)
             return out
         blocks = {"BLOCK_ROWS": _GEGLU_ROWS, "BLOCK_WIDTH": _GEGLU_WIDTH, "BLOCK": _GEGLU_DEPTH}
@@ -102,7 +102,7 @@ class TritonOps:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(_BACKENDS, set_priority=True):
-            return F.scaled_dot_product_attention(query, key, value)
+            return functional.scaled_dot_product_attention(query, key, value)
 
     def attend_text(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, heads, rows, head = query.shape

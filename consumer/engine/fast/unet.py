@@ -7,25 +7,17 @@ cross-attention and, for every step, what the time embedding adds in every resne
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from consumer.engine.fast.configs import UNetConfig
 from consumer.engine.fast.layers import Layers
 from consumer.engine.fast.ops import Hidden, Ops
+from consumer.lora.weights import PatchableWeights
 
 _TRANSFORMER_EPS = 1e-6
-
-
-class Weights(Protocol):
-    """The live parameters; `rows` gives adjacent ones as one matrix."""
-
-    def __getitem__(self, name: str) -> Tensor: ...
-
-    def rows(self, first: str, count: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +35,9 @@ class Conditions:
 class UNet:
     """The network; its parameters may be patched in place at any time between two calls."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], weights: Weights, config: UNetConfig, ops: Ops) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], weights: PatchableWeights, config: UNetConfig, ops: Ops
+    ) -> None:
         self.layers = Layers(parameters, "unet.", ops, groups=config.groups, eps=config.eps)
         self._weights = weights
         self.config = config
@@ -62,9 +56,8 @@ class UNet:
     def conditions(self, steps: int, batch: int, tokens: int) -> Conditions:
         """Room for the conditions of a picture of at most so many steps."""
         weight = self.layers.weight("conv_in")
-        names = [name for name in self._transformer_blocks() if self.layers.has(f"{name}.attn2.to_k")]
         texts = {}
-        for name in names:
+        for name in self._transformer_blocks():
             channels = self.layers.weight(f"{name}.attn2.to_k").shape[0]
             texts[name] = weight.new_zeros(batch, tokens, 2 * channels)
         return Conditions(weight.new_zeros(steps, batch, self._shift_channels, dtype=torch.float32), texts)
@@ -81,12 +74,12 @@ class UNet:
         times = self._embed(_sinusoid(timesteps, self.config.channels[0]).to(dtype), "time_embedding")
         extra = _sinusoid(sizes.flatten(), self.config.time_ids_width).view(len(sizes), -1).to(dtype)
         added = self._embed(torch.cat([pooled, extra], -1), "add_embedding")
-        embedding = F.silu(times[:, None] + added[None])
+        embedding = functional.silu(times[:, None] + added[None])
         for name, channels in self._resnets.items():
             shift = self.layers.linear(embedding, f"{name}.time_emb_proj").float()
             conditions.shifts[:, :, channels] = shift + self.layers.bias(f"{name}.conv1").float()
         for name, text in conditions.texts.items():
-            text.copy_(F.linear(prompts, self._weights.rows(f"unet.{name}.attn2.to_k.weight", 2)))
+            text.copy_(functional.linear(prompts, self._weights.rows(f"unet.{name}.attn2.to_k.weight", 2)))
 
     def predict(self, inputs: Tensor, conditions: Conditions, index: Tensor) -> Tensor:
         """The noise in `inputs`, [batch, height, width, 4] in the model's dtype. `index`: the step, int64 [1]."""
@@ -164,7 +157,7 @@ class UNet:
         return self._ops.add_layer_norm(x, change, self.layers.bias(layer), *self._layer(norm))
 
     def _attend(self, x: Tensor, block: str, batch: int, heads: int) -> Tensor:
-        projected = F.linear(x, self._weights.rows(f"unet.{block}.attn1.to_q.weight", 3))
+        projected = functional.linear(x, self._weights.rows(f"unet.{block}.attn1.to_q.weight", 3))
         query, key, value = projected.view(batch, -1, 3, heads, x.shape[1] // heads).permute(2, 0, 3, 1, 4)
         return self._ops.attend(query, key, value).transpose(1, 2).reshape(x.shape)
 
@@ -178,7 +171,7 @@ class UNet:
         return self.layers.weight(name), self.layers.bias(name)
 
     def _embed(self, x: Tensor, name: str) -> Tensor:
-        return self.layers.linear(F.silu(self.layers.linear(x, f"{name}.linear_1")), f"{name}.linear_2")
+        return self.layers.linear(functional.silu(self.layers.linear(x, f"{name}.linear_1")), f"{name}.linear_2")
 
     def _resnet_names(self) -> list[str]:
         levels = len(self.config.heads)
