@@ -2,14 +2,15 @@
 
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from consumer.engine.fast.capture import Captured, Pool
 from consumer.engine.fast.decoder import Decoder
 from consumer.engine.fast.ops import Ops
 from consumer.engine.fast.prompts import Prompts
-from consumer.engine.fast.schedule import Schedule
+from consumer.engine.fast.staging import Field, Staging
 from consumer.engine.fast.unet import UNet
 from consumer.engine.protocol import Pixels
 
@@ -20,8 +21,10 @@ class Canvas:
     def __init__(
         self, height: int, width: int, unet: UNet, decoder: Decoder, prompts: Prompts, ops: Ops, pool: Pool | None
     ) -> None:
-        device = prompts.timesteps.device
-        shape = (1, *decoder.latent_shape(height, width))
+        device = prompts.sigmas.device
+        rows, columns, channels = decoder.latent_shape(height, width)
+        shape = (1, rows, columns, channels)
+        self._noise = Staging({"noise": Field("float32", (1, channels, rows, columns))}, device)
         self.latents = torch.zeros(shape, device=device)
         self._pixels = torch.zeros(height, width, 3, dtype=torch.uint8, device=device)
         self._finite = torch.zeros((), dtype=torch.bool, device=device)
@@ -31,16 +34,15 @@ class Canvas:
         self._decoder = decoder
         self._prompts = prompts
         self._ops = ops
+        self._start = Captured(self._begin, pool)
         self.step = Captured(self._step, pool)
         self.decode = Captured(partial(self._decode, decoder), pool)
 
-    def begin(self, noise: Tensor, schedule: Schedule) -> None:
-        """Starts from `noise`, float32 [1, 4, height / 8, width / 8] on any device, at the schedule's first step."""
-        first = float(schedule.sigmas[0])
-        self.latents.copy_(noise.permute(0, 2, 3, 1), non_blocking=True)
-        self.latents.mul_(schedule.first_scale)
-        self._inputs.copy_((self.latents / (first**2 + 1) ** 0.5).expand_as(self._inputs))
-        self._index.zero_()
+    def begin(self, noise: npt.NDArray[np.float32]) -> None:
+        """Starts from `noise`, [1, 4, height / 8, width / 8], at the first step of what the prompts were told."""
+        self._noise.host["noise"][:] = noise
+        self._noise.send()
+        self._start()
 
     def run_once(self) -> None:
         """Goes through a step and a decoding without recording them."""
@@ -61,6 +63,12 @@ class Canvas:
 
     def has_finite_latents(self) -> bool:
         return bool(torch.isfinite(self.latents).all())
+
+    def _begin(self) -> None:
+        prompts = self._prompts
+        self.latents.copy_(self._noise.device["noise"].permute(0, 2, 3, 1)).mul_(prompts.first_scale)
+        self._inputs.copy_((self.latents / (prompts.sigmas[0] ** 2 + 1).sqrt()).expand_as(self._inputs))
+        self._index.zero_()
 
     def _step(self) -> None:
         predicted = self._unet.predict(self._inputs, self._prompts.conditions, self._index)

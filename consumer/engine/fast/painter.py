@@ -84,7 +84,7 @@ class FastPainter:
         prompts.tell(ids, present, size=size, schedule=schedule, guidance=request.cfg)
         self.marks.set("text")
         channels, factor = self._vae_config.latent_channels, self._vae_config.factor
-        canvas.begin(noise(request, seeded(request), channels, factor), schedule)
+        canvas.begin(noise(request, seeded(request), channels, factor).numpy())
         self._denoise(canvas, request.steps, on_step)
         return self._picture(canvas)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from consumer.engine.fast.capture import Captured, Pool
 from consumer.engine.fast.schedule import Schedule
+from consumer.engine.fast.staging import Field, Staging
 from consumer.engine.fast.unet import UNet
 
 MAX_STEPS = 50
@@ -22,12 +23,20 @@ class Prompts:
     def __init__(self, batch: int, unet: UNet, encode: Encode, device: torch.device, pool: Pool | None) -> None:
         self.batch = batch
         self.conditions = unet.conditions(MAX_STEPS, batch, _TOKENS)
-        self.timesteps = torch.zeros(MAX_STEPS, device=device)
-        self.sigmas = torch.zeros(MAX_STEPS + 1, device=device)
-        self.guidance = torch.zeros(1, device=device)
-        self._ids = torch.zeros(2, batch, _TOKENS, dtype=torch.int64, device=device)
-        self._present = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._sizes = torch.zeros(batch, 6, device=device)
+        self._staging = Staging(
+            {
+                "ids": Field("int64", (2, batch, _TOKENS)),
+                "present": Field("bool", (batch,)),
+                "sizes": Field("float32", (batch, 6)),
+                "timesteps": Field("float32", (MAX_STEPS,)),
+                "sigmas": Field("float32", (MAX_STEPS + 1,)),
+                "first_scale": Field("float32", (1,)),
+                "guidance": Field("float32", (1,)),
+            },
+            device,
+        )
+        told = self._staging.device
+        self.sigmas, self.first_scale, self.guidance = told["sigmas"], told["first_scale"], told["guidance"]
         self._unet = unet
         self._encode = encode
         self._compute = Captured(self._fill_conditions, pool)
@@ -37,16 +46,21 @@ class Prompts:
     ) -> None:
         """Encodes the prompts, and computes all that does not change from step to step.
 
-        `ids`: int64 [2, batch, 77]. `present`: which prompts are not to be encoded as zeros. `size`: height and width.
+        `ids`: int64 [2, batch, 77], on the CPU. `present`: which prompts are not to be encoded as zeros. `size`: height
+        and width.
         """
-        self._ids.copy_(ids, non_blocking=True)
-        self._present.copy_(torch.tensor(present), non_blocking=True)
-        self._sizes.copy_(torch.tensor([*size, 0.0, 0.0, *size]), non_blocking=True)
-        self.timesteps[: len(schedule.timesteps)].copy_(torch.from_numpy(schedule.timesteps), non_blocking=True)
-        self.sigmas[: len(schedule.sigmas)].copy_(torch.from_numpy(schedule.sigmas), non_blocking=True)
-        self.guidance.fill_(guidance)
+        host = self._staging.host
+        host["ids"][:] = ids.numpy()
+        host["present"][:] = present
+        host["sizes"][:] = [*size, 0.0, 0.0, *size]
+        host["timesteps"][: len(schedule.timesteps)] = schedule.timesteps
+        host["sigmas"][: len(schedule.sigmas)] = schedule.sigmas
+        host["first_scale"][:] = schedule.first_scale
+        host["guidance"][:] = guidance
+        self._staging.send()
         self._compute()
 
     def _fill_conditions(self) -> None:
-        prompts, pooled = self._encode(self._ids, self._present)
-        self._unet.condition(self.conditions, prompts, pooled, self._sizes, self.timesteps)
+        told = self._staging.device
+        prompts, pooled = self._encode(told["ids"], told["present"])
+        self._unet.condition(self.conditions, prompts, pooled, told["sizes"], told["timesteps"])

@@ -1,6 +1,7 @@
 """Noise levels and times of a picture's steps: diffusers' EulerDiscreteScheduler, without its imports."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ class Schedule:
     first_scale: float
 
 
+@lru_cache
 def euler_schedule(config: SchedulerConfig, steps: int) -> Schedule:
     """The schedule of a picture of so many steps."""
     total = config.num_train_timesteps
