@@ -145,10 +145,13 @@ def a_dora(stock: Any, path: Path) -> tuple[Path, Tensors]:
     return drawn.save(path), changes
 
 
+_BIASED = ("proj_in", "to_out.0", "ff.net.2", "proj_out", "conv_in")
+
+
 def a_difference(stock: Any, path: Path) -> tuple[Path, Tensors]:
     """Whole differences of weights, biases, and norms, of the text encoders too."""
     drawn, changes = Drawn(4), {}
-    ends = ("self_attn.v_proj", "layer_norm1", "norm2", "proj_out", "proj_out.bias", "conv_in", "conv_in.bias")
+    ends = ("self_attn.v_proj", "layer_norm1", "norm2", "proj_out", "conv_in", *(f"{name}.bias" for name in _BIASED))
     for name, base in parameters(stock, *ends).items():
         part = ("w_norm" if "norm" in name else "diff") if name.endswith(".weight") else "diff_b"
         changes[name] = drawn.add(kohya(name), part, *base.shape, size=0.08)

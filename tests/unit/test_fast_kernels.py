@@ -12,7 +12,7 @@ from consumer.engine.fast.triton_ops import TritonOps
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TORCH, TRITON = TorchOps(), TritonOps(has_descriptors=True)
+TORCH, TRITON = TorchOps(), TritonOps(has_descriptors=True, multiprocessors=2)
 
 # height, width, channels, groups, channels of what is put behind: whole blocks, parts of blocks, odd rows
 PICTURES = {"aligned": (8, 8, 64, 32, 64), "ragged": (6, 10, 40, 8, 24)}
@@ -113,7 +113,7 @@ def test_layer_norms_with_and_without_a_sum_before(channels: int) -> None:
 @pytest.mark.parametrize(("rows", "width", "depth"), [(7, 128, 64), (130, 136, 96)], ids=["aligned", "ragged"])
 def test_the_gated_linear_layer(has_descriptors: bool, rows: int, width: int, depth: int) -> None:
     x, weight, bias = half(rows, depth), half(2 * width, depth, scale=0.1), half(2 * width)
-    ops = TritonOps(has_descriptors=has_descriptors)
+    ops = TritonOps(has_descriptors=has_descriptors, multiprocessors=2)
     assert_near(ops.geglu(x, weight, bias), TORCH.geglu(x, weight, bias))
 
 

@@ -25,26 +25,35 @@ def _gelu(x):  # pragma: no cover
 def geglu(
     x, weight, bias, out, rows, width, depth, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # pragma: no cover
-    """The linear layer and its gate at once. `x`, `weight` and `out` are tensor descriptors; `depth`: inputs.
+    """The linear layer and its gate at once. `depth`: inputs.
 
-    Neighbouring programs share rows of `x` and of the weights in the cache: eight blocks of rows at a time.
+    `x`, `weight` and `out` are tensor descriptors, that of `weight` is [2, width, depth]: values and gates of a tile
+    are one product, twice as wide, and end up in the same threads. A program makes one tile after another, so that the
+    next one's inputs are on their way while this one is gated.
     """
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS) * tl.cdiv(width, BLOCK_WIDTH), tl.num_programs(0), flatten=True
+    ):
+        row, column = _place(tile, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        both = tl.zeros((BLOCK_ROWS, 2 * BLOCK_WIDTH), tl.float32)
+        for start in range(0, depth, BLOCK):
+            weights = weight.load([0, column, start]).reshape(2 * BLOCK_WIDTH, BLOCK)
+            both = tl.dot(x.load([row, start]), weights.T, both)
+        value, gating = both.reshape(BLOCK_ROWS, 2, BLOCK_WIDTH).permute(0, 2, 1).split()
+        columns = column + tl.arange(0, BLOCK_WIDTH)
+        value += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        gating += tl.load(bias + width + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        out.store([row, column], (value * _gelu(gating)).to(out.dtype))
+
+
+@triton.jit
+def _place(tile, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):  # pragma: no cover
+    """First row and column of a tile. Neighbours share rows of the inputs and of the weights in the cache."""
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     in_group = 8 * tl.cdiv(width, BLOCK_WIDTH)
-    first = tl.program_id(0) // in_group * 8
+    first = tile // in_group * 8
     size = tl.minimum(row_blocks - first, 8)
-    row = (first + tl.program_id(0) % in_group % size) * BLOCK_ROWS
-    column = tl.program_id(0) % in_group // size * BLOCK_WIDTH
-    value = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-    gating = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), tl.float32)
-    for start in range(0, depth, BLOCK):
-        inputs = x.load([row, start])
-        value = tl.dot(inputs, weight.load([column, start]).T, value)
-        gating = tl.dot(inputs, weight.load([width + column, start]).T, gating)
-    columns = column + tl.arange(0, BLOCK_WIDTH)
-    value += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-    gating += tl.load(bias + width + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-    out.store([row, column], (value * _gelu(gating)).to(out.dtype))
+    return (first + tile % in_group % size) * BLOCK_ROWS, tile % in_group // size * BLOCK_WIDTH
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])

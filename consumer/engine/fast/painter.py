@@ -172,5 +172,5 @@ def _ops(device: torch.device) -> Ops:
     from consumer.engine.fast.triton_ops import TritonOps
 
     # GPUs for desktops have descriptors from 12 on, but not the shared memory that the tiles take
-    major, _ = torch.cuda.get_device_capability(device)
-    return TritonOps(has_descriptors=major in (9, 10))
+    gpu = torch.cuda.get_device_properties(device)
+    return TritonOps(has_descriptors=gpu.major in (9, 10), multiprocessors=gpu.multi_processor_count)

@@ -25,11 +25,12 @@ _GEGLU_ROWS, _GEGLU_WIDTH, _GEGLU_DEPTH = 128, 128, 64  # of a tile, found by me
 class TritonOps:
     """The kernels, launched on the current stream; float16 or bfloat16.
 
-    `has_descriptors`: whether the GPU copies tiles by itself, as from Hopper on.
+    `has_descriptors`: whether the GPU copies tiles by itself, as from Hopper on. `multiprocessors`: how many it has.
     """
 
-    def __init__(self, *, has_descriptors: bool) -> None:
+    def __init__(self, *, has_descriptors: bool, multiprocessors: int) -> None:
         self._has_descriptors = has_descriptors
+        self._multiprocessors = multiprocessors
         self._launch = Launcher()
         self._norms = Norms(self._launch)
 
@@ -83,12 +84,12 @@ class TritonOps:
             self._launch(kernels.gate, (triton.cdiv(rows, 4), triton.cdiv(width, 512)), x, out, rows, width, **blocks)
             return out
         blocks = {"BLOCK_ROWS": _GEGLU_ROWS, "BLOCK_WIDTH": _GEGLU_WIDTH, "BLOCK": _GEGLU_DEPTH}
-        grid = (triton.cdiv(rows, _GEGLU_ROWS) * triton.cdiv(width, _GEGLU_WIDTH),)
+        tiles = triton.cdiv(rows, _GEGLU_ROWS) * triton.cdiv(width, _GEGLU_WIDTH)
         self._launch(
             kernels.geglu,
-            grid,
+            (min(tiles, self._multiprocessors),),
             TensorDescriptor.from_tensor(x, [_GEGLU_ROWS, _GEGLU_DEPTH]),
-            TensorDescriptor.from_tensor(weight, [_GEGLU_WIDTH, _GEGLU_DEPTH]),
+            TensorDescriptor.from_tensor(weight.view(2, width, -1), [2, _GEGLU_WIDTH, _GEGLU_DEPTH]),
             bias,
             TensorDescriptor.from_tensor(out, [_GEGLU_ROWS, _GEGLU_WIDTH]),
             rows,
