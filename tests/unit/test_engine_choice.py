@@ -1,7 +1,9 @@
 """Which engine a consumer loads, and what it imports for it."""
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +34,14 @@ class Loaded:
 
     def warm_up(self) -> None:
         self.warm = True
+
+
+@pytest.fixture(autouse=True)
+def python_as_it_was() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(interval)
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -65,6 +75,13 @@ def test_the_fast_engine_is_chosen_where_it_can_be_and_told_everything(engines: 
     assert engine.warm
     assert engine.options == {"vae": "v", "device": "cuda", "dtype": "bfloat16", "hub_token": "hf_x"}
     assert {"event": "engine.chosen", "engine": "fast", "log_level": "info"} in logs
+
+
+def test_threads_do_not_hold_each_other_up(engines: dict[str, Exception | None]) -> None:
+    """Guards `_share_python`."""
+    load_engine(settings())
+    assert sys.getswitchinterval() == pytest.approx(0.0005)
+    assert gc.get_freeze_count() > 1000
 
 
 @pytest.mark.parametrize(
