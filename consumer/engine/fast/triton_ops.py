@@ -17,7 +17,7 @@ from consumer.engine.fast.triton_norms import Norms
 
 # cuDNN's attention is the quickest on Hopper; older GPUs have not all of these.
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_TEXT_ROWS = 128
+_TEXT_ROWS = 64
 _MAX_TOKENS = 80
 _GEGLU_ROWS, _GEGLU_WIDTH, _GEGLU_DEPTH = 128, 128, 64  # of a tile, found by measuring on an H200
 
