@@ -37,7 +37,9 @@ def engines(results: Path) -> str:
 
 def parts(results: Path) -> str:
     """The parts of one picture, by engine: medians in ms."""
-    lines = {one["engine"]: one for one in newest(results / "engine.jsonl", "engine", "mode") if _is_serial(one)}
+    found = {one["engine"]: one for one in newest(results / "engine.jsonl", "engine", "mode") if _is_serial(one)}
+    serial = {label.split()[0]: name for (name, mode), label in LABELS.items() if mode == "serial"}
+    lines = {letter: found[name] for letter, name in serial.items() if name in found}
     names = dict.fromkeys(name for one in lines.values() for name in one["parts"])
     rows = [
         (name, *(_milliseconds(one["parts"].get(name)) for one in lines.values()))

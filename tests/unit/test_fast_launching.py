@@ -68,5 +68,5 @@ def test_a_recording_that_the_device_breaks_off_is_the_end_of_this_consumer(monk
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(ModelBroken, match="error during capture"):
-        Captured(lambda: calls.append(1), pool=(0, 1))()
+        Captured(pool=(0, 1))(lambda: calls.append(1))
     assert calls == [1, 1]

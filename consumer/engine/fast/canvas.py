@@ -34,15 +34,21 @@ class Canvas:
         self._decoder = decoder
         self._prompts = prompts
         self._ops = ops
-        self._start = Captured(self._begin, pool)
-        self.step = Captured(self._step, pool)
-        self.decode = Captured(partial(self._decode, decoder), pool)
+        self._beginning, self._stepping, self._decoding = (Captured(pool) for _ in range(3))
 
     def begin(self, noise: npt.NDArray[np.float32]) -> None:
         """Starts from `noise`, [1, 4, height / 8, width / 8], at the first step of what the prompts were told."""
         self._noise.host["noise"][:] = noise
         self._noise.send()
-        self._start()
+        self._beginning(self._begin)
+
+    def step(self) -> None:
+        """The next step; the first one of a size takes longer."""
+        self._stepping(self._step)
+
+    def decode(self) -> None:
+        """Makes the picture that `download` fetches."""
+        self._decoding(partial(self._decode, self._decoder))
 
     def run_once(self) -> None:
         """Goes through a step and a decoding without recording them."""

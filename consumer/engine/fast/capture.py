@@ -12,31 +12,31 @@ Pool = Any  # of memory: what torch.cuda.graph_pool_handle() gives
 
 
 class Captured:
-    """A function without arguments and results, over tensors at fixed addresses.
+    """The recording of a function without arguments and results, over tensors at fixed addresses.
 
-    The first call runs it as it is, which also makes kernels and plans ready, and then records it; later calls replay
-    the recording. `pool`: what recordings share their memory by, as no two of them ever run at the same time; None on
-    a CPU, where the function is simply called. Raises ModelBroken where the device breaks the recording off.
+    The first call runs the function as it is, which also makes kernels and plans ready, and then records it; later ones
+    replay the recording. It does not keep the function: whose method that is, may keep this, and is gone with its last
+    user. `pool`: what recordings share their memory by, as no two of them ever run at the same time; None on a CPU,
+    where the function is simply called. Raises ModelBroken where the device breaks the recording off.
     """
 
-    def __init__(self, function: Callable[[], None], pool: Pool | None) -> None:
-        self._function = function
+    def __init__(self, pool: Pool | None) -> None:
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def __call__(self, function: Callable[[], None]) -> None:
         if self._graph is not None:
             self._graph.replay()
             return
-        self._function()
+        function()
         if self._pool is None:
             return
         graph = torch.cuda.CUDAGraph()
         # thread_local: the next job's LoRA may be on its way to the GPU meanwhile
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._function()
+                function()
         except torch.AcceleratorError as error:
             # torch stays on the recording's stream then, and its allocator in the middle of it, for good
             raise ModelBroken(f"A recording broke: {describe(error)}") from None

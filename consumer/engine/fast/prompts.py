@@ -39,7 +39,7 @@ class Prompts:
         self.sigmas, self.first_scale, self.guidance = told["sigmas"], told["first_scale"], told["guidance"]
         self._unet = unet
         self._encode = encode
-        self._compute = Captured(self._fill_conditions, pool)
+        self._computing = Captured(pool)
 
     def tell(
         self, ids: Tensor, present: Sequence[bool], *, size: tuple[int, int], schedule: Schedule, guidance: float
@@ -58,7 +58,7 @@ class Prompts:
         host["first_scale"][:] = schedule.first_scale
         host["guidance"][:] = guidance
         self._staging.send()
-        self._compute()
+        self._computing(self._fill_conditions)
 
     def _fill_conditions(self) -> None:
         told = self._staging.device
