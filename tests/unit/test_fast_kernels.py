@@ -1,5 +1,7 @@
 """Every Triton kernel against its twin in plain torch: on a GPU where there is one, else under Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,9 @@ from torch import Tensor
 from consumer.engine.fast.ops import Hidden, TorchOps
 
 pytest.importorskip("triton")
+import triton
+
+from consumer.engine.fast import kernels
 from consumer.engine.fast.triton_ops import TritonOps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,6 +120,26 @@ def test_the_gated_linear_layer(has_descriptors: bool, rows: int, width: int, de
     x, weight, bias = half(rows, depth), half(2 * width, depth, scale=0.1), half(2 * width)
     ops = TritonOps(has_descriptors=has_descriptors, multiprocessors=2)
     assert_near(ops.geglu(x, weight, bias), TORCH.geglu(x, weight, bias))
+
+
+def test_the_gate_is_the_exact_one_rounded_once() -> None:
+    """Guards `_gelu`, nearly everywhere: where the exact value is in the middle of two, either may be taken."""
+    gates = torch.cat([torch.linspace(-8, 8, 20_001), torch.tensor([-6e4, -0.0, 0.0, 1e-7, 6e4])]).half()
+    out = torch.empty(1, len(gates), dtype=torch.float16, device=DEVICE)
+    x = torch.cat([torch.ones_like(gates), gates])[None].to(DEVICE)
+    kernels.gate[(1, triton.cdiv(len(gates), 512))](x, out, 1, len(gates), BLOCK_ROWS=1, BLOCK_WIDTH=512)
+    exact = gates.double() * torch.special.erfc(-gates.double() / math.sqrt(2)) / 2
+    assert (out[0].cpu() == exact.half()).double().mean() > 0.998
+    torch.testing.assert_close(out[0].cpu().double(), exact, rtol=2**-11 * 1.01, atol=2**-25 * 1.5)
+
+
+def test_a_gate_that_is_no_number_stays_none() -> None:
+    """Guards `_gelu`: a picture of NaN is refused, where it is seen."""
+    x = torch.tensor([[1.0, 1.0, 1.0, math.nan, math.inf, -math.inf]], dtype=torch.float16, device=DEVICE)
+    out = torch.empty(1, 3, dtype=torch.float16, device=DEVICE)
+    kernels.gate[(1, 1)](x, out, 1, 3, BLOCK_ROWS=1, BLOCK_WIDTH=512)
+    assert out.isnan().tolist() == [[True, False, False]]
+    assert out[0, 1:].tolist() == [math.inf, 0.0]
 
 
 @pytest.mark.parametrize("head", [32, 64])

@@ -18,7 +18,21 @@ def gate(x, out, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexp
 
 @triton.jit
 def _gelu(x):  # pragma: no cover
-    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    """`x * P(X < x)` of a standard normal X, as `relu(x) - |x| * P(X < -|x|)`.
+
+    That probability's logarithm to base 2 is a polynomial on [0, 6], fitted to a largest difference of 4.7e-6. It takes
+    fewer instructions than `erf` and, where x is negative, cancels nothing, so that it is nearer to the exact value.
+    Beyond 6 the product is less than the smallest float16.
+    """
+    size = tl.minimum(tl.abs(x), 6.0)
+    power = tl.fma(size, -1.83478975e-06, 6.15978654e-05)
+    power = tl.fma(size, power, -0.000930521473)
+    power = tl.fma(size, power, 0.00850787737)
+    power = tl.fma(size, power, -0.0539600399)
+    power = tl.fma(size, power, -0.458464426)
+    power = tl.fma(size, power, -1.15125103)
+    power = tl.fma(size, power, -0.999995297)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - size * tl.exp2(power)
 
 
 @triton.jit(do_not_specialize=["rows"])
