@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class GpuThread:
         waited = self._waited(ready_at)
         try:
             return Drawn(work(), waited)
+        except BaseException as error:
+            # its traceback's frames keep what the picture had on the GPU, and by the step callback keep themselves
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
             self._free_since = self._clock()
 

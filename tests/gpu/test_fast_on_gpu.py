@@ -15,8 +15,9 @@ import torch
 from benchmarks import full_size
 from consumer.engine import GeneratedImage, LoraFile, Pixels, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
+from consumer.engine.fast.painter import FastPainter
 from consumer.engine.stock import StockEngine
-from consumer.errors import JobCancelled
+from consumer.errors import GpuOutOfMemory, JobCancelled
 from demo import loras
 from schemas.lora.shapes import ModelShapes
 from schemas.requests import GenerationRequest, LoraRef
@@ -174,11 +175,19 @@ def test_graphs_are_recorded_while_loras_are_prepared_and_guidance_and_steps_com
         assert np.array_equal(one.pixels, third.pixels)
 
 
-def test_after_a_failure_the_memory_of_all_graphs_is_given_back(engine: FastEngine) -> None:
+def test_after_a_failure_the_memory_of_all_graphs_is_given_back(
+    engine: FastEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards `FastPainter.release`: what one graph keeps of their pool is kept for all."""
+
+    def fail(*_: object) -> Pixels:
+        raise torch.OutOfMemoryError
+
     base = draw(engine, PreparedLoras())
-    draw(engine, PreparedLoras(), width=1536, height=1536)
-    engine._recover()
+    with monkeypatch.context() as patch:
+        patch.setattr(FastPainter, "_picture", fail)
+        with pytest.raises(GpuOutOfMemory):
+            draw(engine, PreparedLoras(), width=1536, height=1536)
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     assert unused < 1 << 30
     assert np.array_equal(draw(engine, PreparedLoras()).pixels, base.pixels)

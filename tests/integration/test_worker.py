@@ -1,8 +1,11 @@
 """The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
 
 import asyncio
+import gc
 import signal
 import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,16 @@ from redis.asyncio import Redis
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
-from consumer.errors import GpuOutOfMemory, LoraFetchInterrupted, LoraUrlExpired, ModelBroken, UploadInterrupted
+from consumer.engine import LoraFile, PreparedLoras
+from consumer.errors import (
+    GenerationFailed,
+    GpuOutOfMemory,
+    LoraFetchInterrupted,
+    LoraUrlExpired,
+    ModelBroken,
+    UploadInterrupted,
+)
+from consumer.outcomes import Outcomes
 from consumer.queue import Delivery, connect
 from demo.servers import RedisServer, redis_server
 from schemas.keys import CONSUMER_GROUP, Keys, Priority
@@ -238,6 +250,48 @@ async def test_a_defect_of_ours_names_a_trace(bench: Bench) -> None:
     assert data["error_code"] == "INTERNAL"
     assert len(data["details"]["trace_id"]) == 32
     assert "secret" not in data["error"]
+
+
+class Weights:
+    """What a patch has on the GPU."""
+
+
+class KeepingEngine(FakeEngine):
+    """`kept`: whether what it prepared is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[weakref.ref[Weights]] = []
+
+    def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
+        weights: Any = Weights()
+        self.kept.append(weakref.ref(weights))
+        return PreparedLoras(patch=weights)
+
+
+async def test_while_a_failure_is_being_written_down_nothing_of_its_loras_is_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the frames that `Worker._attempt` clears, without the garbage collector's help, which would come late."""
+    bench.engine = engine = KeepingEngine()
+    engine.fail_with = [GenerationFailed("black")]
+    seen: list[Weights | None] = []
+    end = Outcomes.end
+
+    async def look_and_end(outcomes: Outcomes, *arguments: Any) -> None:
+        await asyncio.sleep(0.1)  # the GPU's thread, too, lets go
+        seen.append(engine.kept[0]())
+        await end(outcomes, *arguments)
+
+    monkeypatch.setattr(Outcomes, "end", look_and_end)
+    await publish(bench.redis, bench.keys, a_request(lora_key="a.safetensors"))
+    gc.disable()
+    try:
+        async with bench.working(max_attempts=1):
+            await bench.ended("job-1")
+    finally:
+        gc.enable()
+    assert seen == [None]
 
 
 async def test_work_beyond_the_timeout_ends_and_waiting_for_the_gpu_does_not_count(bench: Bench) -> None:

@@ -1,7 +1,9 @@
 """Pictures of the fast engine, run in plain torch on a CPU, against the stock engine's."""
 
+import gc
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,15 @@ import structlog
 import torch
 
 from consumer import triton_support
-from consumer.engine import GeneratedImage, LoraFile, PreparedLoras
+from consumer.engine import GeneratedImage, LoraFile, Pixels, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
 from consumer.engine.fast.fields import UnknownModel
 from consumer.engine.fast.painter import FastPainter, _ops
 from consumer.engine.painting import PaintingEngine
+from consumer.engine.protocol import OnStep
 from consumer.engine.stock import StockEngine
-from consumer.errors import GenerationFailed, ModelBroken
+from consumer.errors import GenerationFailed, GpuOutOfMemory, ModelBroken
+from consumer.gpu import GpuThread
 from demo import loras
 from schemas.lora.shapes import ModelShapes
 from schemas.requests import GenerationRequest, LoraRef
@@ -193,14 +197,49 @@ def test_tiles_by_descriptors_are_for_gpus_with_the_shared_memory_for_them(
     assert vars(_ops(torch.device("cuda")))["_has_descriptors"] is expected
 
 
-def test_after_a_failure_nothing_of_a_picture_is_kept_and_the_next_one_is_whole(fast: FastEngine) -> None:
-    """Guards `FastPainter.release`, without the garbage collector's help: while one graph is kept, so is all memory."""
+def stop(step: int, total: int) -> None:
+    raise Stopped
+
+
+def run_out_of_memory(*_: object) -> Pixels:
+    raise torch.OutOfMemoryError
+
+
+def go_on(step: int, total: int) -> None:
+    """Nothing to stop for."""
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """It would free what is in cycles, but late."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+@pytest.mark.parametrize(("on_step", "raised"), [(stop, Stopped), (go_on, GpuOutOfMemory)], ids=["stopped", "memory"])
+async def test_after_a_failure_nothing_of_a_picture_is_kept_and_the_next_one_is_whole(
+    fast: FastEngine, lora: LoraFile, monkeypatch: pytest.MonkeyPatch, on_step: OnStep, raised: type[Exception]
+) -> None:
+    """Guards `FastPainter.release`, `Captured` and `GpuThread._draw`: while one graph is kept, so is all memory."""
     whole = draw(fast, a_request())
     painter = fast.painter
-    kept = [weakref.ref(one) for one in (*painter._canvases.values(), *painter._prompts.values())]
+    prepared = fast.prepare([lora])
+    assert prepared.patch is not None
+    memory = (*painter._canvases.values(), *painter._prompts.values(), prepared.patch.tensors[0])
+    kept: list[weakref.ref[Any]] = [weakref.ref(one) for one in memory]
+    pictures = [partial(fast.generate, a_request(), prepared, on_step)]
+    del memory, prepared
+    gpu = GpuThread()
+    with monkeypatch.context() as patch:
+        if raised is GpuOutOfMemory:
+            patch.setattr(FastPainter, "_picture", run_out_of_memory)
+        with pytest.raises(raised):
+            await gpu.draw(pictures.pop(), ready_at=0.0)
+    await gpu.draw(lambda: None, ready_at=0.0)  # the thread, too, has let go of the one before then
     painter.release()
-    assert kept
-    assert not any(one() for one in kept)
+    assert [one() for one in kept if one() is not None] == []
     assert np.array_equal(draw(fast, a_request()).pixels, whole.pixels)
 
 

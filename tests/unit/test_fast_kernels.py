@@ -115,7 +115,9 @@ def test_layer_norms_with_and_without_a_sum_before(channels: int) -> None:
 
 
 @pytest.mark.parametrize("has_descriptors", [False, True])
-@pytest.mark.parametrize(("rows", "width", "depth"), [(7, 128, 64), (130, 136, 96)], ids=["aligned", "ragged"])
+@pytest.mark.parametrize(
+    ("rows", "width", "depth"), [(7, 128, 64), (130, 136, 96), (1153, 136, 32)], ids=["aligned", "ragged", "many"]
+)
 def test_the_gated_linear_layer(has_descriptors: bool, rows: int, width: int, depth: int) -> None:
     x, weight, bias = half(rows, depth), half(2 * width, depth, scale=0.1), half(2 * width)
     ops = TritonOps(has_descriptors=has_descriptors, multiprocessors=2)

@@ -10,7 +10,7 @@ from consumer.engine.fast.capture import Captured, Pool
 from consumer.engine.fast.decoder import Decoder
 from consumer.engine.fast.ops import Ops
 from consumer.engine.fast.prompts import Prompts
-from consumer.engine.fast.staging import Field, Staging
+from consumer.engine.fast.staging import Staging, Value
 from consumer.engine.fast.unet import UNet
 from consumer.engine.protocol import Pixels
 
@@ -24,7 +24,7 @@ class Canvas:
         device = prompts.sigmas.device
         rows, columns, channels = decoder.latent_shape(height, width)
         shape = (1, rows, columns, channels)
-        self._noise = Staging({"noise": Field("float32", (1, channels, rows, columns))}, device)
+        self._noise = Staging({"noise": Value("float32", (1, channels, rows, columns))}, device)
         self.latents = torch.zeros(shape, device=device)
         self._pixels = torch.zeros(height, width, 3, dtype=torch.uint8, device=device)
         self._finite = torch.zeros((), dtype=torch.bool, device=device)

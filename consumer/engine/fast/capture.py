@@ -14,10 +14,11 @@ Pool = Any  # of memory: what torch.cuda.graph_pool_handle() gives
 class Captured:
     """The recording of a function without arguments and results, over tensors at fixed addresses.
 
-    The first call runs the function as it is, which also makes kernels and plans ready, and then records it; later ones
-    replay the recording. It does not keep the function: whose method that is, may keep this, and is gone with its last
-    user. `pool`: what recordings share their memory by, as no two of them ever run at the same time; None on a CPU,
-    where the function is simply called. Raises ModelBroken where the device breaks the recording off.
+    Every call is given the same function. The first one runs it as it is, which also makes kernels and plans ready, and
+    then records it; later ones replay the recording. The function is not kept: an object with a recording of its own
+    method would be part of a cycle, and its memory free too late. `pool`: what recordings share their memory by, as no
+    two of them ever run at the same time; None on a CPU, where the function is simply called. Raises ModelBroken where
+    the device breaks the recording off.
     """
 
     def __init__(self, pool: Pool | None) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from consumer.engine.fast.capture import Captured, Pool
 from consumer.engine.fast.schedule import Schedule
-from consumer.engine.fast.staging import Field, Staging
+from consumer.engine.fast.staging import Staging, Value
 from consumer.engine.fast.unet import UNet
 
 MAX_STEPS = 50
@@ -25,13 +25,13 @@ class Prompts:
         self.conditions = unet.conditions(MAX_STEPS, batch, _TOKENS)
         self._staging = Staging(
             {
-                "ids": Field("int64", (2, batch, _TOKENS)),
-                "present": Field("bool", (batch,)),
-                "sizes": Field("float32", (batch, 6)),
-                "timesteps": Field("float32", (MAX_STEPS,)),
-                "sigmas": Field("float32", (MAX_STEPS + 1,)),
-                "first_scale": Field("float32", (1,)),
-                "guidance": Field("float32", (1,)),
+                "ids": Value("int64", (2, batch, _TOKENS)),
+                "present": Value("bool", (batch,)),
+                "sizes": Value("float32", (batch, 6)),
+                "timesteps": Value("float32", (MAX_STEPS,)),
+                "sigmas": Value("float32", (MAX_STEPS + 1,)),
+                "first_scale": Value("float32", (1,)),
+                "guidance": Value("float32", (1,)),
             },
             device,
         )

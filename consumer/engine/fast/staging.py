@@ -1,11 +1,12 @@
 """Values of a picture's beginning, sent to the device together.
 
 Each single copy gives Python's lock away, and while the next LoRA is parsed in another thread it may take milliseconds
-to come back: one copy does what a dozen would.
+to come back: two copies do what a dozen would.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -17,34 +18,35 @@ _ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
-    """One of the values: its type as NumPy and torch name it, such as `float32`, and its shape."""
+class Value:
+    """What is sent: its type as NumPy and torch name it, such as `float32`, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        size = np.dtype(self.dtype).itemsize * prod(self.shape)
-        return size + -size % _ALIGNMENT
+        return np.dtype(self.dtype).itemsize * prod(self.shape)
 
 
 class Staging:
     """Named arrays on the host, and their twins at fixed addresses on a device."""
 
-    def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
-        size = sum(field.bytes for field in fields.values())
-        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+    def __init__(self, values: Mapping[str, Value], device: torch.device) -> None:
+        ends = accumulate(value.bytes + -value.bytes % _ALIGNMENT for value in values.values())
+        starts = [0, *ends]
+        self._host = torch.zeros(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
         self.host: dict[str, npt.NDArray[np.generic]] = {}
         self.device: dict[str, Tensor] = {}
-        start = 0
-        for name, field in fields.items():
-            place = slice(start, start + np.dtype(field.dtype).itemsize * prod(field.shape))
-            self.host[name] = self._host[place].numpy().view(field.dtype).reshape(field.shape)
-            self.device[name] = self._device[place].view(getattr(torch, field.dtype)).view(field.shape)
-            start += field.bytes
+        for start, (name, value) in zip(starts, values.items(), strict=False):
+            place = slice(start, start + value.bytes)
+            self.host[name] = self._host[place].numpy().view(value.dtype).reshape(value.shape)
+            self.device[name] = self._device[place].view(getattr(torch, value.dtype)).view(value.shape)
 
     def send(self) -> None:
-        """Copies everything on the current stream. What was sent before must have arrived."""
+        """Copies everything on the current stream.
+
+        Whoever writes into `host` next has waited for this copy: no picture begins while the device works on another.
+        """
         self._device.copy_(self._host, non_blocking=True)
