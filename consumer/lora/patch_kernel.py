@@ -70,4 +70,10 @@ def _patch_tile(
     tl.store(live + weights, weight.to(live.dtype.element_ty), mask=inside)
 
 
-_CONSTANTS = {"block_ranks": BLOCK, "tile_outputs": TILE_OUTPUTS, "tile_inputs": TILE_INPUTS, "num_warps": 4}
+_CONSTANTS = {
+    "block_ranks": BLOCK,
+    "tile_outputs": TILE_OUTPUTS,
+    "tile_inputs": TILE_INPUTS,
+    "num_warps": 4,
+    "enable_fp_fusion": True,  # one rounding of product and sum, whatever Triton's default is
+}
