@@ -1,15 +1,19 @@
 """The thread that has the GPU: it draws one picture after another, and knows how long it waited for each."""
 
 import asyncio
+import inspect
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Clock = Callable[[], float]
+
+_MAY_WAIT = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,7 @@ class GpuThread:
         try:
             return Drawn(work(), waited)
         except BaseException as error:
-            # its traceback's frames keep what the picture had on the GPU, and by the step callback keep themselves
-            traceback.clear_frames(error.__traceback__)
+            _clear_frames(error)
             raise
         finally:
             self._free_since = self._clock()
@@ -60,3 +63,14 @@ class GpuThread:
             return None
         now = self._clock()
         return Waited(gap_s=now - self._free_since, handover_s=now - max(self._free_since, ready_at))
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Empties its traceback's frames: they keep what the picture had on the GPU, and by the step callback themselves.
+
+    Not those of coroutines and generators: one that has caught the same error may be waiting, and would never go on.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_flags & _MAY_WAIT:
+            with suppress(RuntimeError):  # it is running
+                frame.clear()

@@ -32,6 +32,8 @@ from schemas.requests import MAX_PAYLOAD_BYTES, RequestError
 
 log = structlog.get_logger(__name__)
 
+_KNOWN = (LeaseLost, HandedBack, JobCancelled, WorkerError, RequestError)
+
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
@@ -74,26 +76,27 @@ class Outcomes:
 
     async def end(self, lease: Lease, entry: RequestEntry, begun: Begun, error: BaseException) -> None:
         """Ends the attempt that `error` broke: retried, failed, cancelled, handed back, or left to its new owner."""
-        match error:
+        if isinstance(error, RedisError):
+            # Not cured by repeating: nothing can be published. The lease runs out, and attempts are bounded.
+            log.error("job.abandoned", exc_info=error)
+            return
+        known = error if isinstance(error, _KNOWN) else _defect(error, entry)
+        error.with_traceback(None)  # no more of use, and its frames keep the job's LoRAs on the GPU
+        match known:
             case LeaseLost():
                 log.warning("lease.lost")
             case HandedBack():
                 await until_answered(lambda: self._leases.release(lease), what="release")
                 log.info("job.handed_back")
             case JobCancelled():
-                data = CancelledData(**self._base(lease, entry, begun.attempt), stage=error.stage)
+                data = CancelledData(**self._base(lease, entry, begun.attempt), stage=known.stage)
                 await self._finish(lease, entry, JobState.CANCELLED, events.cancelled(data, self._now()), dead=False)
-            case WorkerError() if self._policy.may_retry(error, begun.attempt):
-                await self._retry(lease, entry, begun, error)
+            case WorkerError() if self._policy.may_retry(known, begun.attempt):
+                await self._retry(lease, entry, begun, known)
             case WorkerError():
-                await self._fail(lease, entry, begun, error.code, str(error), error.details, error.retry_after_s)
+                await self._fail(lease, entry, begun, known.code, str(known), known.details, known.retry_after_s)
             case RequestError():
-                await self._fail(lease, entry, begun, error.code, str(error), error.details, None)
-            case RedisError():
-                # Not cured by repeating: nothing can be published. The lease runs out, and attempts are bounded.
-                log.error("job.abandoned", exc_info=error)
-            case _:
-                await self.end(lease, entry, begun, _defect(error, entry))
+                await self._fail(lease, entry, begun, known.code, str(known), known.details, None)
 
     def of_verdict(self, entry: RequestEntry, begun: Begun) -> Exception:
         """The error that a verdict of `begin` other than ok, lost and duplicate stands for."""

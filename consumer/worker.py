@@ -1,7 +1,6 @@
 """The loop of one consumer: takes entries, sees each of them through, and drains when told to."""
 
 import asyncio
-import traceback
 from collections import deque
 from contextlib import ExitStack
 from typing import Any
@@ -188,7 +187,6 @@ class Worker:
         try:
             data = await self._work(lease, entry, begun, slot)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # which keep the job's LoRAs on the GPU
             if self.broken is not None:
                 self._stop.asked.set()
             await self._outcomes.end(lease, entry, begun, error)

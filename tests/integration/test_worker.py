@@ -269,21 +269,22 @@ class KeepingEngine(FakeEngine):
         return PreparedLoras(patch=weights)
 
 
+@pytest.mark.parametrize("error", [GenerationFailed, ZeroDivisionError])
 async def test_while_a_failure_is_being_written_down_nothing_of_its_loras_is_kept(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    """Guards the frames that `Worker._attempt` clears, without the garbage collector's help, which would come late."""
+    """Guards `Outcomes.end`, which drops the traceback, without the garbage collector's help, which would come late."""
     bench.engine = engine = KeepingEngine()
-    engine.fail_with = [GenerationFailed("black")]
+    engine.fail_with = [error("black")]
     seen: list[Weights | None] = []
-    end = Outcomes.end
+    fail = Outcomes._fail
 
-    async def look_and_end(outcomes: Outcomes, *arguments: Any) -> None:
+    async def look_and_fail(outcomes: Outcomes, *arguments: Any) -> None:
         await asyncio.sleep(0.1)  # the GPU's thread, too, lets go
         seen.append(engine.kept[0]())
-        await end(outcomes, *arguments)
+        await fail(outcomes, *arguments)
 
-    monkeypatch.setattr(Outcomes, "end", look_and_end)
+    monkeypatch.setattr(Outcomes, "_fail", look_and_fail)
     await publish(bench.redis, bench.keys, a_request(lora_key="a.safetensors"))
     gc.disable()
     try:

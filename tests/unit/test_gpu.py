@@ -1,5 +1,6 @@
 """How long the GPU waited is measured on its own thread, between the end of one picture and the start of the next."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 
@@ -43,3 +44,26 @@ async def test_all_pictures_are_drawn_on_one_thread() -> None:
     threads = {(await gpu.draw(threading.get_ident, ready_at=gpu.ready())).image for _ in range(3)}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
+
+
+async def test_whoever_caught_the_same_error_before_goes_on() -> None:
+    """Guards `_clear_frames`: a coroutine whose frame is cleared while it waits is never heard of again."""
+    error, caught, go_on = ZeroDivisionError(), asyncio.Event(), asyncio.Event()
+
+    def fail() -> None:
+        raise error
+
+    async def wait() -> str:
+        try:
+            fail()
+        except ZeroDivisionError:
+            caught.set()
+            await go_on.wait()
+        return "went on"
+
+    waiting = asyncio.create_task(wait())
+    await caught.wait()
+    with pytest.raises(ZeroDivisionError):
+        await GpuThread().draw(fail, ready_at=0.0)
+    go_on.set()
+    assert await asyncio.wait_for(waiting, 10) == "went on"
