@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -19,7 +21,6 @@ from triton.runtime.driver import driver
 
 from consumer.engine import LoraFile
 from consumer.engine.fast import kernels, norm_kernels, painter
-from consumer.engine.fast.triton_ops import TritonOps
 from consumer.engine.preparing import prepare
 from consumer.lora import patch_kernel
 from demo import loras
@@ -45,7 +46,10 @@ class AbsentDriver:
 def compile_all(model: Path, folder: Path, capability: int) -> None:
     """Whatever a picture with a LoRA launches, found by going through one on the CPU."""
     driver.set_active(AbsentDriver(capability))
-    painter._ops = lambda device: TritonOps(has_descriptors=capability in (90, 100), multiprocessors=100)
+    properties = SimpleNamespace(major=capability // 10, multi_processor_count=100)
+    with patch("torch.cuda.get_device_properties", return_value=properties):
+        ops = painter._ops(torch.device("cuda"))  # what it would take there
+    painter._ops = lambda device: ops
     fast = painter.FastPainter.load(str(model), device="cpu", dtype="float16")
     canvas, _ = fast._canvas(GenerationRequest(job_id="job-1", prompt="a red flower", width=512, height=512))
     with torch.no_grad(), fast._ops.compiling():

@@ -1,6 +1,7 @@
 """Real servers, started once for a session; every test has key names of its own."""
 
 import functools
+import gc
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -103,3 +104,11 @@ async def redis(redis_at: RedisServer) -> AsyncIterator[Redis]:
     client = Redis.from_url(redis_at.url)
     yield client
     await client.aclose()
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """It would free what is in cycles, but late."""
+    gc.disable()
+    yield
+    gc.enable()

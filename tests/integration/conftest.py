@@ -84,3 +84,9 @@ def painter(redis: Redis, keys: Keys, s3_at: S3Server) -> Painter:
     painter = Painter(redis, keys, "pat")
     painter.s3 = s3_at
     return painter
+
+
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is told to stop is at its wait for entries, mostly."""
+    monkeypatch.setattr("consumer.worker.BLOCK_S", 0.1)

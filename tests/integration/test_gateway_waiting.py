@@ -302,8 +302,8 @@ async def test_a_key_makes_the_next_run_where_the_last_could_succeed_and_none_wh
 
 async def test_a_key_that_is_no_job_id_is_400(http: httpx.AsyncClient) -> None:
     for key in ("a b", "a" * 65, "ä", "a/b"):
-        headers = {"Idempotency-Key": key.encode()}
-        answer = await http.post("/generate-image", json=PROMPT, headers=headers)  # type: ignore[arg-type]
+        headers = [(b"Idempotency-Key", key.encode())]
+        answer = await http.post("/generate-image", json=PROMPT, headers=headers)
         assert (answer.status_code, answer.json()["error_code"]) == (400, "INVALID_REQUEST")
 
 

@@ -1,7 +1,6 @@
 """The worker's loop on a real Redis, with a fake GPU: overlap, retries, fencing, outages, draining."""
 
 import asyncio
-import gc
 import signal
 import time
 import weakref
@@ -32,11 +31,7 @@ from tests.fakes import FakeEngine
 from tests.integration.queue_kit import a_request, add, completions, entries, job, let_lease_run_out, publish, where_is
 from tests.integration.worker_kit import Bench, of_job
 
-
-@pytest.fixture(autouse=True)
-def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is told to stop is at its wait for entries, mostly."""
-    monkeypatch.setattr("consumer.worker.BLOCK_S", 0.1)
+pytestmark = pytest.mark.usefixtures("short_reads")
 
 
 @pytest.fixture
@@ -269,6 +264,7 @@ class KeepingEngine(FakeEngine):
         return PreparedLoras(patch=weights)
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("error", [GenerationFailed, ZeroDivisionError])
 async def test_while_a_failure_is_being_written_down_nothing_of_its_loras_is_kept(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
@@ -286,12 +282,8 @@ async def test_while_a_failure_is_being_written_down_nothing_of_its_loras_is_kep
 
     monkeypatch.setattr(Outcomes, "_fail", look_and_fail)
     await publish(bench.redis, bench.keys, a_request(lora_key="a.safetensors"))
-    gc.disable()
-    try:
-        async with bench.working(max_attempts=1):
-            await bench.ended("job-1")
-    finally:
-        gc.enable()
+    async with bench.working(max_attempts=1):
+        await bench.ended("job-1")
     assert seen == [None]
 
 

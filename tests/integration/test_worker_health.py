@@ -11,11 +11,7 @@ from schemas.keys import Keys
 from tests.integration.queue_kit import a_request, job, publish, where_is
 from tests.integration.worker_kit import Bench, of_job
 
-
-@pytest.fixture(autouse=True)
-def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is told to stop is at its wait for entries, mostly."""
-    monkeypatch.setattr("consumer.worker.BLOCK_S", 0.1)
+pytestmark = pytest.mark.usefixtures("short_reads")
 
 
 @pytest.fixture

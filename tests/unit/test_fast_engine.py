@@ -1,6 +1,5 @@
 """Pictures of the fast engine, run in plain torch on a CPU, against the stock engine's."""
 
-import gc
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -207,14 +206,6 @@ def run_out_of_memory(*_: object) -> Pixels:
 
 def go_on(step: int, total: int) -> None:
     """Nothing to stop for."""
-
-
-@pytest.fixture
-def no_garbage_collection() -> Iterator[None]:
-    """It would free what is in cycles, but late."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
