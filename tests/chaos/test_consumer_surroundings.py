@@ -13,10 +13,16 @@ from producer.settings import ProducerSettings
 from tests.chaos.backend import a_backend
 from tests.chaos.kills_kit import has_started, idles_s, survivor
 from tests.chaos.surroundings import CLOCK_OFFSET_S, NAME
-from tests.chaos.world import BUCKET, LEASE_S, LORA, World
+from tests.chaos.world import BUCKET, LEASE_S, LORA, Consumer, World
 
 KILLED = -signal.SIGKILL
 SAME_NAME: dict[str, Any] = {NAME: "ann"}
+
+
+def until_killed(world: World, consumer: Consumer) -> None:
+    """Until everything that it held may be taken over."""
+    assert consumer.wait() == KILLED
+    world.until(lambda: all(idle_s > LEASE_S for idle_s in idles_s(world)))
 
 
 @pytest.mark.fault(26, "a job that kills the process three times")
@@ -26,10 +32,12 @@ def test_a_deadly_job_is_buried_after_its_third_consumer_and_its_neighbours_live
     And `Slots.clear_for`: a job that is prepared beside the deadly one each time is counted with it.
     """
     world.publish("bad", prompt="deadly")
+    first = world.consumer(CHAOS_STEP_S="0.3")  # it dies at the eleventh: time to take another
+    world.until(world.executions)
     world.publish("neighbour")
-    for _ in range(3):
-        assert world.consumer(CHAOS_STEP_S="0.1").wait() == KILLED  # a second after it began: time to take another
-        world.until(lambda: all(idle_s > LEASE_S for idle_s in idles_s(world)))
+    until_killed(world, first)
+    for _ in range(2):
+        until_killed(world, world.consumer(CHAOS_STEP_S="0.1"))
     world.injected(3)
     last = world.consumer()
     ended = world.until_ended()
