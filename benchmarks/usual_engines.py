@@ -169,6 +169,5 @@ class HotSwapped(Compiled):
         self.pipeline.load_lora_weights(
             self._workload.loras[number], adapter_name=_ADAPTER, hotswap=self._swaps, **self._loading
         )
-        if not self._swaps:
-            self.pipeline.set_adapters(_ADAPTER, adapter_weights=SCALE)
+        self.pipeline.set_adapters(_ADAPTER, adapter_weights=SCALE)  # a swap forgets it
         self._swaps = True

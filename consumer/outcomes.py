@@ -81,7 +81,7 @@ class Outcomes:
             log.error("job.abandoned", exc_info=error)
             return
         known = error if isinstance(error, _KNOWN) else _defect(error, entry)
-        error.with_traceback(None)  # no more of use, and its frames keep the job's LoRAs on the GPU
+        _forget_frames(error)
         match known:
             case LeaseLost():
                 log.warning("lease.lost")
@@ -165,6 +165,11 @@ class Outcomes:
         else:
             why = event.data.model_dump(include={"error_code", "error"})
             log.info("job.ended", event_type=event.type, attempt=event.data.attempt, **why)
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Its own, and those of what it came of: they are of no more use, and keep the job's LoRAs on the GPU."""
+    error.__context__ = error.__cause__ = error.__traceback__ = None
 
 
 def _defect(error: BaseException, entry: RequestEntry) -> InternalError:

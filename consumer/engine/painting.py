@@ -1,5 +1,6 @@
 """What every engine does around a picture: exact weights before it, checks after it, and clear errors."""
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ class PaintingEngine:
 
     def __init__(self, painter: Painter) -> None:
         self.painter = painter
+        self._painting = threading.Lock()
 
     @property
     def base_model(self) -> str:
@@ -80,9 +82,17 @@ class PaintingEngine:
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
         """Reads and checks LoRA files, and sends them to the device; never touches the model.
 
-        Raises LoraInvalid, GpuOutOfMemory, ModelBroken (the device is lost), and OSError where a file cannot be read.
+        Where there is no room for them it waits for the end of the picture that is being drawn, gives back what the
+        painter can do without, and tries once more. Raises LoraInvalid, GpuOutOfMemory, ModelBroken (the device is
+        lost), and OSError where a file cannot be read.
         """
         with current(self.painter.device):
+            try:
+                return prepare(files, self.painter.shapes, self.painter.weights)
+            except GpuOutOfMemory as error:
+                log.warning("lora.crowded_out", error=str(error))
+            with self._painting:
+                self._give_back()
             return prepare(files, self.painter.shapes, self.painter.weights)
 
     def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
@@ -92,7 +102,7 @@ class PaintingEngine:
         GenerationFailed (inference, a NaN or black image), WeightsChanged, GpuOutOfMemory, ModelBroken (the device is
         lost, or the pristine weights are).
         """
-        with current(self.painter.device):
+        with current(self.painter.device), self._painting:
             return self._generate(request, loras, _Steps(on_step, self.painter.weights.sample))
 
     def warm_up(self) -> None:
@@ -147,9 +157,15 @@ class PaintingEngine:
         )
 
     def _recover(self) -> None:
-        device = self.painter.device
         try:
             self.painter.weights.restore()
+        except Exception as error:
+            raise ModelBroken(f"The device is lost: {describe(error)}") from None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        device = self.painter.device
+        try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # graphs may be running
             self.painter.release()

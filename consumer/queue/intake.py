@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import structlog
@@ -116,13 +117,14 @@ class Intake:
         return [normal, high, low] if self._turn % 4 == 3 else [high, normal, low]
 
     async def _read_group(self, streams: dict[str, str], *, count: int, block_ms: int | None = None) -> list[Delivery]:
+        ask = partial(
+            self._reader.xreadgroup, CONSUMER_GROUP, self._name, dict(streams.items()), count=count, block=block_ms
+        )
         try:
-            reply: Any = await self._reader.xreadgroup(
-                CONSUMER_GROUP, self._name, dict(streams.items()), count=count, block=block_ms
-            )
+            reply: Any = await ask()
         except ResponseError as error:
             await self._expect_missing_group(error)
-            return []
+            reply = await ask()  # it may have been missing for one stream of several
         found: list[Delivery] = []
         for stream, entries in reply.items() if isinstance(reply, dict) else reply or []:
             found += await self._deliveries(stream.decode(), entries)

@@ -74,6 +74,16 @@ async def test_a_delivery_that_got_lost_on_its_way_is_found_again(redis: Redis, 
     assert [delivery.entry_id for delivery in await ann.intake.unseen({held.place})] == [lost.entry_id]
 
 
+async def test_a_group_that_one_stream_has_lost_hides_nothing_of_another(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    """Guards the second reading in `Intake._read_group`: a consumer asks once for what got lost."""
+    await publish(redis, keys, a_request())
+    lost = await ann.read_one()
+    await redis.xgroup_destroy(keys.requests(Priority.LOW), CONSUMER_GROUP)
+    assert [delivery.entry_id for delivery in await ann.intake.unseen(())] == [lost.entry_id]
+
+
 async def test_a_live_consumers_entry_is_not_reclaimed_and_a_dead_ones_is(
     redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
 ) -> None:

@@ -52,6 +52,7 @@ class Canvas:
 
     def run_once(self) -> None:
         """Goes through a step and a decoding without recording them."""
+        self._index.zero_()  # where the last picture has left it there may be no step
         self._step()
         self._decode(self._decoder)
 

@@ -18,6 +18,7 @@ _PARTS = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
 _UP = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
+_HEAD_WIDTHS = (16, 32, 64, 128)  # of which the kernels make tiles
 _TOKENIZERS = [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
 
 
@@ -64,6 +65,9 @@ class UNetConfig:
             added_width=fields.integer("projection_class_embeddings_input_dim"),
         )
         fields.end()
+        for width, heads, attends in zip(config.channels, config.heads, config.attention, strict=True):
+            if attends and (width % heads or width // heads not in _HEAD_WIDTHS):
+                raise fields.unknown("attention_head_dim", list(config.heads))
         return config
 
 
