@@ -136,15 +136,17 @@ def measured(arguments: argparse.Namespace, workload: Workload) -> Iterator[dict
             yield {"engine": name, "mode": "failed", "error": type(error).__name__}
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures what the command line asks for. Returns the exit status: 1 where an engine failed."""
     words = sys.argv[1:] if words is None else words
     arguments = parse_arguments(words)
     with TemporaryDirectory(prefix="engine-") as folder:
         workload = workload_of(arguments, Path(folder))
         title = "quality" if arguments.quality else "engine"
         command = command_line("benchmarks.engine", words)
-        record(title, command, workload.described(), measured(arguments, workload), arguments.out)
+        results = record(title, command, workload.described(), measured(arguments, workload), arguments.out)
+    return int(any(result.get("mode") == "failed" for result in results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ GROUPS = {
     "LoRA": ("load", "fuse", "unfuse", "unload", "prepare", "patch"),
     "text": ("text",),
     "denoising": ("denoise", "generate"),
-    "decoding": ("decode", "download"),
+    "decoding": ("decode",),
     "PNG": ("png",),
     "rest": ("set-up", "rest"),
 }

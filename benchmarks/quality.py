@@ -2,7 +2,7 @@
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,18 +32,24 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def compare(workload: Workload, sizes: Sequence[Size] = SIZES, load: Load = engine_of) -> Iterator[dict[str, Any]]:
-    """Draws each size with one LoRA in stock float32, and again by stock and by our engine in the workload's dtype."""
+    """Draws each size with one LoRA in stock float32, and again by stock and by our engine in the workload's dtype.
+
+    The last line is a control: what a LoRA that is an eighth too weak comes to.
+    """
     with exact_float32():
         truth = _pictures(workload, sizes, load(workload, "stock", "float32"))
     for speed in dict.fromkeys(("stock", workload.speed)):
         _forget()
-        pictures = _pictures(workload, sizes, load(workload, speed, workload.dtype))
-        for size, pixels in pictures.items():
-            yield {
-                "engine": f"{speed} {workload.dtype}",
-                "size": "x".join(map(str, size)),
-                **apart(pixels, truth[size]),
-            }
+        engine = load(workload, speed, workload.dtype)
+        name = f"{speed} {workload.dtype}"
+        yield from _compared(name, _pictures(workload, sizes, engine), truth)
+    weaker = _pictures(workload, sizes[:1], engine, 7 / 8 * SCALE)
+    yield from _compared(f"{name}, LoRA at 7/8", weaker, truth)
+
+
+def _compared(engine: str, pictures: Mapping[Size, Pixels], truth: Mapping[Size, Pixels]) -> Iterator[dict[str, Any]]:
+    for size, pixels in pictures.items():
+        yield {"engine": engine, "size": "x".join(map(str, size)), **apart(pixels, truth[size])}
 
 
 def apart(pixels: Pixels, truth: Pixels) -> dict[str, float | None]:
@@ -83,8 +89,8 @@ def exact_float32() -> Iterator[None]:
             one.allow_tf32 = allowed
 
 
-def _pictures(workload: Workload, sizes: Sequence[Size], engine: Engine) -> dict[Size, Pixels]:
-    prepared = engine.prepare([LoraFile(workload.loras[0], LoraRef(key="loras/one.safetensors", scale=SCALE))])
+def _pictures(workload: Workload, sizes: Sequence[Size], engine: Engine, scale: float = SCALE) -> dict[Size, Pixels]:
+    prepared = engine.prepare([LoraFile(workload.loras[0], LoraRef(key="loras/one.safetensors", scale=scale))])
     pictures = {}
     for width, height in sizes:
         request = replace(workload, width=width, height=height).request(1)

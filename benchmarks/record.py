@@ -19,11 +19,13 @@ def record(
     workload: Mapping[str, Any] | str,
     results: Iterable[Mapping[str, Any]],
     out: Path | None,
-) -> None:
-    """Prints each result as it comes, and adds it to the file `out`."""
+) -> list[Mapping[str, Any]]:
+    """Prints each result as it comes, and adds it to the file `out`. Returns them."""
     head = {"benchmark": benchmark, "command": command, "workload": workload}
     where = environment()
+    told = []
     for result in results:
+        told.append(result)
         measured_at = datetime.now(UTC).isoformat(timespec="seconds")
         line = json.dumps({**head, **result, "measured_at": measured_at, "environment": where})
         sys.stdout.write(line + "\n")
@@ -32,6 +34,7 @@ def record(
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a") as file:
                 file.write(line + "\n")
+    return told
 
 
 def command_line(module: str, words: Sequence[str]) -> str:

@@ -212,7 +212,8 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from usual(a_model(options.device), options.usual)
 
 
-def main(words: Sequence[str]) -> None:
+def main(words: Sequence[str]) -> int:
+    """Returns the exit status: 1 where our switches have changed a weight."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.switches", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--switches", type=int, default=10_000)
@@ -221,8 +222,10 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="a file to which the lines are added")
     options = parser.parse_args(words)
     workload = {"model": "SDXL base 1.0" if options.device == "cuda" else "tiny", "dtype": "float16"}
-    record("switches", command_line("benchmarks.switches", words), workload, measured(options), options.out)
+    command = command_line("benchmarks.switches", words)
+    results = record("switches", command, workload, measured(options), options.out)
+    return int(any(result["weights_changed"] for result in results if result["what"] == "switches"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -109,6 +109,7 @@ async def redis(redis_at: RedisServer) -> AsyncIterator[Redis]:
 @pytest.fixture
 def no_garbage_collection() -> Iterator[None]:
     """It would free what is in cycles, but late."""
+    gc.collect()  # what other tests have left
     gc.disable()
     yield
     gc.enable()

@@ -252,7 +252,7 @@ class Weights:
 
 
 class KeepingEngine(FakeEngine):
-    """`kept`: whether what it prepared is still there."""
+    """`kept`: whether what it prepared is still there. Where no picture is to fail, a LoRA does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,17 +261,24 @@ class KeepingEngine(FakeEngine):
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
         weights: Any = Weights()
         self.kept.append(weakref.ref(weights))
-        return PreparedLoras(patch=weights)
+        if self.fail_with:
+            return PreparedLoras(patch=weights)
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise GpuOutOfMemory("full") from None
 
 
 @pytest.mark.usefixtures("no_garbage_collection")
-@pytest.mark.parametrize("error", [GenerationFailed, ZeroDivisionError])
+@pytest.mark.parametrize(
+    "failures", [[GenerationFailed("black")], [ZeroDivisionError()], []], ids=["black", "defect", "no room for it"]
+)
 async def test_while_a_failure_is_being_written_down_nothing_of_its_loras_is_kept(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, failures: list[Exception]
 ) -> None:
-    """Guards `Outcomes.end`, which drops the traceback, without the garbage collector's help, which would come late."""
+    """Guards `_forget_frames`, without the garbage collector's help, which would come late."""
     bench.engine = engine = KeepingEngine()
-    engine.fail_with = [error("black")]
+    engine.fail_with = failures
     seen: list[Weights | None] = []
     fail = Outcomes._fail
 

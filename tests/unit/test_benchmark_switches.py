@@ -20,8 +20,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(switches, "TIMED", (("attention", 8),))
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    switches.main(["--device", "cpu", "--switches", "40", "--runs", "1", "--usual", "1", "--out", str(out)])
+def results(out: Path, status: int = 0) -> list[dict[str, Any]]:
+    words = ["--device", "cpu", "--switches", "40", "--runs", "1", "--usual", "1", "--out", str(out)]
+    assert switches.main(words) == status
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -38,6 +39,6 @@ def test_no_weight_is_changed_after_switches_of_every_kind_and_many_are_the_usua
 @pytest.mark.usefixtures("small")
 def test_weights_that_are_not_copied_back_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stack, "copy_back", lambda stack, rows: None)
-    ours = results(tmp_path / "switches.jsonl")[0]
+    ours = results(tmp_path / "switches.jsonl", status=1)[0]
     assert ours["weights_changed"] > 0
     assert ours["parameters_found_changed"] > 0

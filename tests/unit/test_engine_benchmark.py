@@ -1,6 +1,7 @@
 """The engines' benchmark on the tiny model: what it measures is the same picture by every engine."""
 
 import argparse
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks import quality
 from benchmarks.gpu_sampler import parse_samples
 from benchmarks.lora_files import LoraWriter, attention_layers
 from benchmarks.our_engine import Ours
-from benchmarks.usual_engines import AsPeopleUseIt, WellSetUp
+from benchmarks.usual_engines import AsPeopleUseIt, HotSwapped, WellSetUp
 from benchmarks.workload import Laps, Workload, size
 from consumer.engine import Engine, GeneratedImage, LoraFile, OnStep, Pixels, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
@@ -40,11 +41,13 @@ class ToldEngine:
     def __init__(self, level: int = 100) -> None:
         self.level = level
         self.prepared: list[str] = []
+        self.scales: list[float] = []
         self.drawn: list[int] = []
         self.timings = {"patch": 0.25, "text": 0.5}
 
     def prepare(self, files: Sequence[LoraFile]) -> PreparedLoras:
         self.prepared += [file.path.name for file in files]
+        self.scales += [file.ref.scale for file in files]
         return PreparedLoras()
 
     def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
@@ -87,23 +90,38 @@ def levels_apart(one: Pixels, other: Pixels) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-@pytest.mark.parametrize("usual", [AsPeopleUseIt, WellSetUp], ids=["as-people-use-it", "well-set-up"])
+FUSED = ["load", "fuse", "set-up", "text", "denoise", "decode", "png", "unfuse", "unload"]
+SWAPPED = ["load", "set-up", "text", "denoise", "decode", "png"]
+
+
+@pytest.mark.parametrize(
+    ("usual", "named"),
+    [(AsPeopleUseIt, FUSED), (WellSetUp, FUSED), (HotSwapped, SWAPPED)],
+    ids=["as-people-use-it", "well-set-up", "hot-swapped"],
+)
 def test_the_usual_engines_draw_our_picture(
-    usual: type[AsPeopleUseIt], work: Workload, ours: tuple[Pixels, dict[str, float]]
+    usual: type[AsPeopleUseIt], named: list[str], work: Workload, ours: tuple[Pixels, dict[str, float]]
 ) -> None:
     """Guards the scale, the seed and the prompts of `_picture`: engines that draw different things do not compare."""
-    contender = usual(work)
-    parts = contender.draw(1)
+    with torch.compiler.set_stance("force_eager"):  # to compile takes minutes
+        contender = usual(work)
+        contender.draw(0)
+        parts = contender.draw(1)  # after another LoRA
     assert levels_apart(contender.pixels, ours[0]) <= 1
-    assert list(parts) == ["load", "fuse", "set-up", "text", "denoise", "decode", "png", "unfuse", "unload"]
+    assert list(parts) == named
     assert all(seconds > 0 for seconds in parts.values())
 
 
-def test_our_parts_are_the_whole_picture(ours: tuple[Pixels, dict[str, float]]) -> None:
-    pixels, parts = ours
-    assert pixels.shape == (256, 256, 3)
+def test_our_parts_are_the_whole_picture(work: Workload, stock: Engine) -> None:
+    """Guards the laps of `Ours.draw`."""
+    contender = Ours(work, lambda *_: stock)
+    began = time.perf_counter()
+    parts = contender.draw(1)
+    took = time.perf_counter() - began
+    assert contender.pixels.shape == (256, 256, 3)
     assert next(iter(parts)) == "prepare"
     assert list(parts)[-1] == "png"
+    assert took / 2 < sum(parts.values()) <= took
 
 
 def test_the_fast_engine_draws_our_picture(work: Workload, ours: tuple[Pixels, dict[str, float]]) -> None:
@@ -155,17 +173,30 @@ def test_a_result_has_its_figures_and_a_broken_engine_loses_no_other(
     assert switch["parts"]["patch"]["p50"] == 0.25
 
 
+@pytest.mark.parametrize(("name", "status"), [("B", 1), ("D", 0)], ids=["broken", "sound"])
+def test_a_broken_engine_is_told_by_the_exit_status(
+    work: Workload, monkeypatch: pytest.MonkeyPatch, name: str, status: int
+) -> None:
+    monkeypatch.setitem(benchmark.CONTENDERS, "D", lambda workload: Ours(workload, lambda *_: ToldEngine()))
+    monkeypatch.setattr(benchmark, "workload_of", lambda arguments, folder: work)
+    monkeypatch.setitem(benchmark.CONTENDERS, "B", lambda workload: 1 / 0)
+    assert benchmark.main(["--model", str(work.model), "--only", name]) == status
+
+
 def test_pictures_of_half_precision_are_compared_with_stock_float32(work: Workload) -> None:
     asked: list[tuple[str, str]] = []
+    engines: list[ToldEngine] = []
 
     def load(workload: Workload, speed: str, dtype: str) -> Engine:
         asked.append((speed, dtype))
-        return ToldEngine(100 if speed == "stock" else 110)
+        engines.append(ToldEngine(100 if speed == "stock" else 110))
+        return engines[-1]
 
     compared = list(quality.compare(replace(work, speed="fast", dtype="float16"), [(512, 512)], load))
     assert asked == [("stock", "float32"), ("stock", "float16"), ("fast", "float16")]
-    assert [one["engine"] for one in compared] == ["stock float16", "fast float16"]
-    equal, other = compared
+    assert [one["engine"] for one in compared] == ["stock float16", "fast float16", "fast float16, LoRA at 7/8"]
+    assert [engine.scales for engine in engines] == [[0.8], [0.8], [0.8, 0.7]]
+    equal, other, _ = compared
     assert (equal["size"], equal["psnr_db"], equal["max_difference"]) == ("512x512", None, 0)
     assert equal["ssim"] == 1.0
     assert (other["psnr_db"], other["max_difference"], other["mean_difference"]) == (28.13, 10, 10.0)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,33 @@ def test_a_gpu_that_is_too_full_for_a_lora_is_told_as_one(engine: StockEngine, m
     """Guards `consumer.engine.preparing.prepare`."""
     with pytest.raises(GpuOutOfMemory, match="for the LoRAs"):
         prepare_with(torch.OutOfMemoryError("CUDA out of memory"), engine, monkeypatch)
+
+
+def test_a_lora_that_finds_no_room_is_tried_once_more_when_the_picture_is_drawn_and_memory_is_given_back(
+    engine: StockEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `PaintingEngine.prepare`: what recordings keep can be given back between two pictures alone."""
+    told: list[str] = []
+    waiting: list[Future[PreparedLoras]] = []
+
+    def fail_once(deltas: object) -> None:
+        told.append("prepare")
+        if told.count("prepare") == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def on_step(step: int, total: int) -> None:
+        if not waiting:
+            waiting.append(beside.submit(engine.prepare, [LoraFile(Path("x"), LoraRef(key="x.safetensors"))]))
+        time.sleep(0.05)  # long enough for a thread that does not wait
+        told.append(f"step {step}")
+
+    monkeypatch.setattr("consumer.engine.preparing.parse", lambda *_: ParsedLora(()))
+    monkeypatch.setattr(engine.painter.weights, "prepare", fail_once)
+    monkeypatch.setattr(engine.painter, "release", lambda: told.append("give back"))
+    with ThreadPoolExecutor(1) as beside:
+        engine.generate(REQUEST, PreparedLoras(), on_step)
+        assert waiting[0].result().patch is None
+    assert told == ["prepare", "step 1", "step 2", "step 3", "give back", "prepare"]
 
 
 def prepare_with(error: Exception, engine: StockEngine, monkeypatch: pytest.MonkeyPatch) -> None:

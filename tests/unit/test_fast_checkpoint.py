@@ -252,6 +252,8 @@ def test_of_a_hub_only_what_is_read_is_fetched(tiny_model: Path, folder: Path, m
         ("vae/config.json", {"shift_factor": 0.1}),
         ("vae/config.json", {"use_post_quant_conv": False}),
         ("text_encoder/config.json", {"hidden_act": "relu"}),
+        ("unet/config.json", {"attention_head_dim": [1, 1, 3]}),
+        ("unet/config.json", {"attention_head_dim": [1, 1, 8]}),
         ("text_encoder/config.json", {"max_position_embeddings": 248}),
         ("text_encoder_2/config.json", {"architectures": ["CLIPTextModel"]}),
         ("text_encoder_2/config.json", {"quantization_config": {}}),

@@ -17,6 +17,7 @@ from consumer.engine import GeneratedImage, LoraFile, Pixels, PreparedLoras
 from consumer.engine.fast.engine import FastEngine
 from consumer.engine.fast.fields import UnknownModel
 from consumer.engine.fast.painter import FastPainter, _ops
+from consumer.engine.fast.prompts import MAX_STEPS
 from consumer.engine.painting import PaintingEngine
 from consumer.engine.protocol import OnStep
 from consumer.engine.stock import StockEngine
@@ -232,6 +233,16 @@ async def test_after_a_failure_nothing_of_a_picture_is_kept_and_the_next_one_is_
     painter.release()
     assert [one() for one in kept if one() is not None] == []
     assert np.array_equal(draw(fast, a_request()).pixels, whole.pixels)
+
+
+def test_after_the_longest_picture_kernels_can_be_made_ready_again(fast: FastEngine) -> None:
+    """Guards that `Canvas.run_once` goes through the first step: behind the last one there is none."""
+    request = a_request(width=64, height=64, steps=MAX_STEPS)
+    draw(fast, request)
+    canvas, _ = fast.painter._canvas(request)
+    with torch.no_grad():
+        canvas.run_once()
+    assert int(canvas._index) == 1
 
 
 @pytest.mark.parametrize("missing", ["triton", "compiler"])

@@ -18,7 +18,6 @@ from consumer.engine.fast.triton_norms import Norms
 # cuDNN's attention is the quickest on Hopper; older GPUs have not all of these.
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _TEXT_ROWS = 64
-_MAX_TOKENS = 80
 _GEGLU_ROWS, _GEGLU_WIDTH, _GEGLU_DEPTH = 128, 128, 64  # of a tile, found by measuring on an H200
 
 
@@ -107,8 +106,6 @@ class TritonOps:
 
     def attend_text(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, heads, rows, head = query.shape
-        if key.shape[2] > _MAX_TOKENS:
-            return self.attend(query, key, value)
         out = query.new_empty(batch, rows, heads, head)
         grid = (triton.cdiv(rows, _TEXT_ROWS), heads, batch)
         self._launch(
