@@ -83,6 +83,7 @@ REFUSED_BY_THE_FORMAT = {
     "a zip": zipped(),
     "an HTML page": b"<!doctype html><html><body>Not here</body></html>",
     "a gzip": gzip.compress(b"x" * 100, mtime=0),
+    "a gzip with the time": gzip.compress(b"x" * 100, mtime=1_700_000_000),
     "an XML error page": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
     "an LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "5001 dimensions": with_tensors(pair(shape=[2] + [1] * 5000)),

@@ -98,7 +98,11 @@ def _by_path(patterns: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:
     for place, (pattern, alpha) in enumerate(patterns.items()):
         literal = _LITERAL_PATTERN.fullmatch(pattern.replace(r"\.", "."))
         if literal is None:
-            raise _broken("a pattern that is not a module's path")
+            raise LoraUnusable(
+                f"The LoRA's own configuration is not supported: {METADATA_KEY}: alpha_pattern: '{shown(pattern)}' is"
+                " not a module's path.",
+                details={"pattern": shown(pattern)},
+            )
         found.setdefault(literal["path"], (place, alpha))
     return found
 

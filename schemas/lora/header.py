@@ -21,6 +21,14 @@ MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 4
 
 _LENGTH_BYTES = 8
+_SIGNATURES = (
+    (re.compile(rb"PK\x03\x04"), "a zip, as PyTorch's own files are"),
+    (re.compile(rb"\x80[\x02-\x05]"), "a pickle"),
+    (re.compile(rb"\x1f\x8b"), "gzip"),
+    (re.compile(rb"version "), "a Git LFS pointer"),
+    (re.compile(rb"<\?xml"), "XML, as storages answer with errors"),
+    (re.compile(rb"\s*<"), "a web page"),
+)
 # An open string goes to the end, so that no quote is looked at twice.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{\[,]', re.DOTALL)
 _MAX_TOKENS = 16 * MAX_TENSORS  # a tensor of four dimensions has 15
@@ -61,9 +69,9 @@ def read_header(path: Path) -> Header:
             raise not_safetensors("it is shorter than 8 bytes")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES:
-            raise not_safetensors(f"its header is longer than {MAX_HEADER_BYTES} bytes")
+            raise not_safetensors(_recognised(prefix) or f"its header is longer than {MAX_HEADER_BYTES} bytes")
         if length > size - _LENGTH_BYTES:
-            raise not_safetensors("its header ends beyond the file")
+            raise not_safetensors(_recognised(prefix) or "its header ends beyond the file")
         raw = file.read(length)
     _refuse_crowds(raw)
     entries = _parse(raw)
@@ -85,6 +93,11 @@ def shown(name: str) -> str:
 def not_safetensors(problem: str) -> LoraUnusable:
     """What every broken container is refused with."""
     return LoraUnusable(f"The file is not a valid safetensors file: {problem}.")
+
+
+def _recognised(prefix: bytes) -> str | None:
+    # Asked last: every first bytes are some length, and those of gzip one that a header may have.
+    return next((f"it is {kind}" for signature, kind in _SIGNATURES if signature.match(prefix)), None)
 
 
 def _refuse_crowds(raw: bytes) -> None:

@@ -24,7 +24,7 @@ _PART = re.compile(
     r"|(?P<diff_b>\.diff_b|\.b_norm)"
     r")"
 )
-_FLAT = ("lora_unet_", "lora_te", "lycoris_")
+_FLAT = ("lora_unet_", "lora_unet.", "lora_te", "lycoris_")
 _OLD_PROJECTION = re.compile(r"(?P<attention>.+)\.to_(?P<letter>q|k|v|out)_lora")
 
 _UNSUPPORTED_KINDS = (
@@ -50,6 +50,9 @@ _CHECKPOINT = re.compile(
     r"model\.diffusion_model\.|first_stage_model\.|conditioner\.embedders\.|cond_stage_model\."
     r"|(unet\.)?(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\..*\.?(weight|bias)"
 )
+
+BUNDLED_EMBEDDING = "bundle_emb."
+"""OneTrainer's prefix for textual inversions that it packs beside a LoRA."""
 
 Parts = dict[str, str]
 """The names of one module's tensors in the file, by what they are: `down`, `up`, `alpha`, `hada_w1_a`, ..."""

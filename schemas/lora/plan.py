@@ -2,22 +2,21 @@
 
 import math
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from schemas.lora.adapter_config import AdapterConfig
+from schemas.lora.alpha import ALPHA_FORMATS, read_alpha
 from schemas.lora.errors import LoraUnusable
-from schemas.lora.header import Header, not_safetensors, shown
-from schemas.lora.keys import Parts, group_parts
+from schemas.lora.header import Header, shown
+from schemas.lora.keys import BUNDLED_EMBEDDING, Parts, group_parts
 from schemas.lora.kinds import Change, Kind, Shape, fits, squeezed, weight_change
 from schemas.lora.shapes import ModelShapes
+from schemas.lora.trained_for import refuse_other_bases
 
 _DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_ALPHA_DTYPES = ("F64", "I64", "I32", "I16")
-_ALPHA_FORMATS = {"F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 _PROMPT_PROJECTION = re.compile(r"attn2[._]to_[kv]$")
 _MADE_FOR = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL refiner", 2048: "SDXL"}
 
@@ -72,28 +71,31 @@ def plan(path: Path, header: Header, model: ModelShapes) -> LoraPlan:
 
     Raises LoraUnusable for every file that is not wholly understood, and OSError where it cannot be read.
     """
-    parts_by_alias = group_parts(header.tensors)
+    embeddings = [name for name in header.tensors if name.startswith(BUNDLED_EMBEDDING)]
+    parts_by_alias = group_parts(name for name in header.tensors if not name.startswith(BUNDLED_EMBEDDING))
     _refuse_dtypes(header)
     modules = {
         alias: _Module(parts, weight_change(alias, parts, header.tensors)) for alias, parts in parts_by_alias.items()
     }
     _refuse_other_prompt_width(modules, model)
     matched, skipped = _match(modules, model)
+    # Prompts as wide as this model's tell more than metadata do: some scripts that merge LoRAs guess these.
+    if not any(_PROMPT_PROJECTION.search(name) for name, _ in matched):
+        refuse_other_bases(header.metadata)
     with path.open("rb") as file:
         planner = _Planner(model, AdapterConfig(header.metadata), header, file)
         deltas = [delta for name, module in matched for delta in planner.deltas(name, module)]
-    skipped += planner.skipped
+    skipped += [*planner.skipped, *embeddings]
     _refuse_nothing(deltas, skipped)
     return LoraPlan(_each_once(deltas), tuple(map(shown, skipped)))
 
 
 def _refuse_dtypes(header: Header) -> None:
     for name, tensor in header.tensors.items():
-        # trainers keep alpha as it was configured: an integer, or a double
-        allowed = (*_DTYPES, *_ALPHA_DTYPES) if name.endswith(".alpha") else _DTYPES
+        allowed = ALPHA_FORMATS if name.endswith(".alpha") else _DTYPES
         if tensor.dtype not in allowed:
             raise LoraUnusable(
-                f"The LoRA's tensors must be {', '.join(_DTYPES)}; '{shown(name)}' is {tensor.dtype}.",
+                f"The LoRA's tensors must be {', '.join(allowed)}; '{shown(name)}' is {tensor.dtype}.",
                 details={"tensor": shown(name), "dtype": tensor.dtype},
             )
 
@@ -174,7 +176,7 @@ class _Planner:
 
     def _alpha(self, name: str, parts: Parts, rank: int) -> float:
         if "alpha" in parts:
-            alpha = _read_alpha(parts["alpha"], self._header, self._file)
+            alpha = read_alpha(parts["alpha"], self._header, self._file)
         else:
             alpha = self._config.alpha(name, rank)
         if alpha == 0:
@@ -228,19 +230,3 @@ def _misfit(name: str, shape: Shape, weight: Shape) -> LoraUnusable:
         f"The LoRA does not fit the model: {name} is {list(weight)}, the file is for {list(shape)}.",
         details={"module": name, "file_shape": [*shape], "model_shape": [*weight]},
     )
-
-
-def _read_alpha(name: str, header: Header, file: BinaryIO) -> float:
-    tensor = header.tensors[name]
-    file.seek(header.data_start + tensor.start)
-    raw = file.read(tensor.end - tensor.start)
-    if tensor.dtype == "BF16":
-        raw = b"\0\0" + raw  # the upper half of a float32
-    try:
-        (number,) = struct.unpack(_ALPHA_FORMATS[tensor.dtype], raw)
-    except struct.error:
-        raise not_safetensors("it was cut short while it was read") from None
-    alpha = float(number)
-    if not math.isfinite(alpha):
-        raise LoraUnusable(f"The tensor '{shown(name)}' has NaN or Inf.", details={"tensor": shown(name)})
-    return alpha

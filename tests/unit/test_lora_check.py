@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,29 @@ def test_bytes_that_are_no_lora_are_refused_with_the_same_reason(path: Path, raw
     assert agreed(path).refusal is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int16, torch.int32, torch.int64])
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
 def test_an_alpha_is_read_in_every_dtype_that_trainers_write(path: Path, dtype: torch.dtype) -> None:
-    save_file(tensors_of() | {f"{TO_Q}.alpha": torch.tensor(24, dtype=dtype)}, path)
+    """Guards `ALPHA_FORMATS`, which is also what `_refuse_dtypes` allows."""
+    save_file(tensors_of() | {f"{TO_Q}.alpha": torch.tensor(24).to(dtype)}, path)
     assert agreed(path).alphas == [24.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_file_that_was_cast_to_8_bits_as_a_whole_fits(path: Path, dtype: torch.dtype) -> None:
+    tensors = tensors_of() | {f"{TO_Q}.alpha": torch.tensor(1.0), f"{TO_Q}.dora_scale": torch.ones(640, 1)}
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+    report = agreed(path)
+    assert (report.alphas, report.kinds) == ([1.0], ["DoRA on LoRA"])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool], ids=str)
+def test_an_alpha_of_another_dtype_is_refused_by_it(path: Path, dtype: torch.dtype) -> None:
+    save_file(tensors_of() | {f"{TO_Q}.alpha": torch.tensor(1).to(dtype)}, path)
+    assert re.search(r"must be .*I64.*; '.*alpha' is", str(agreed(path).refusal))
 
 
 def test_what_matches_nothing_is_listed(path: Path) -> None:
@@ -227,6 +247,17 @@ def test_what_matches_nothing_is_listed(path: Path) -> None:
     report = agreed(path)
     assert report.planned is not None
     assert sorted(report.planned.skipped) == ["unet.extra.lora_A.weight", "unet.extra.lora_B.weight"]
+
+
+def test_bundled_embeddings_are_skipped_and_listed(path: Path) -> None:
+    """Guards `BUNDLED_EMBEDDING`: OneTrainer packs what it trained of the vocabulary beside the LoRA."""
+    bundled = {f"bundle_emb.ann.{part}": torch.ones(4, size) for part, size in (("clip_l", 768), ("clip_g", 1280))}
+    save_file(tensors_of() | bundled, path)
+    report = agreed(path)
+    assert report.planned is not None
+    assert sorted(report.planned.skipped) == sorted(bundled)
+    save_file(bundled, path)
+    assert "Nothing in the LoRA matches" in str(agreed(path).refusal)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])

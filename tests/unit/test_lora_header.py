@@ -1,6 +1,9 @@
 """The container: what the format's own reader refuses, and what it lets through and we do not."""
 
 import io
+import json
+import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,38 @@ def test_bytes_that_are_safetensors_but_no_lora_are_refused(tmp_path: Path, raw:
     safetensors.torch.load(raw)  # the format's own reader has nothing against them
     with pytest.raises(LoraInvalid):
         parse(written(tmp_path, raw), MODEL)
+
+
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "pickle"])
+def test_what_torch_saves_under_another_name_is_told(tmp_path: Path, new_format: bool) -> None:
+    """Guards `_SIGNATURES`."""
+    path = tmp_path / "lora.safetensors"
+    torch.save({DOWN: torch.zeros(1, 2)}, path, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(LoraUnusable, match="it is a zip, as PyTorch's own" if new_format else "it is a pickle"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        *((pickle.dumps({"lora": [1.0] * 100}, protocol), "it is a pickle") for protocol in (2, 3, 4, 5)),
+        (b"\r\n <html>Not here</html>", "it is a web page"),
+        (b"\x1f\x8b\x08" + bytes(100), "it is gzip"),
+        (b"\x1f\x8c\x08" + bytes(100), "its header ends beyond the file"),
+        (b"any text that is no file", "its header is longer than"),
+    ],
+    ids=["protocol 2", "protocol 3", "protocol 4", "protocol 5", "blanks before HTML", "gzip", "not gzip", "text"],
+)
+def test_what_a_file_is_instead_is_told_by_its_first_bytes(tmp_path: Path, raw: bytes, said: str) -> None:
+    with pytest.raises(LoraUnusable, match=said):
+        read_header(written(tmp_path, raw))
+
+
+def test_a_length_that_begins_as_gzip_does_is_a_length(tmp_path: Path) -> None:
+    """Guards that first bytes are looked at only where the length cannot be one."""
+    header = json.dumps(pair()).encode().ljust(0x088B1F)
+    assert struct.pack("<Q", len(header)).startswith(b"\x1f\x8b\x08")
+    assert len(read_header(written(tmp_path, framed(header, bytes(16)))).tensors) == 2
 
 
 BY_VALUE_OR_MEANING = {"NaN", "Inf", "keys that no LoRA has"}

@@ -158,7 +158,7 @@ def test_pefts_magnitude_goes_by_four_names(path: Path, suffix: str) -> None:
     assert_changes(delta, sample.base, sample.change)
 
 
-@pytest.mark.parametrize("layer", ["linear", "3x3", "text"])
+@pytest.mark.parametrize("layer", ["linear", "3x3", "narrow", "text"])
 def test_a_dora_is_read_in_the_names_that_diffusers_converts_to(path: Path, layer: str) -> None:
     """Guards `_FLAT` of `keys`: the converter means kohya's names, and leaves a dot in those of the lengths."""
     module = LAYERS[layer]

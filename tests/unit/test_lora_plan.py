@@ -290,6 +290,71 @@ def test_flux_and_sd_3_are_told_in_every_kind(parts: Callable[[Shape], Shapes], 
         planned(named(name, parts((64, 64))))
 
 
+ATTN1 = named(TO_Q, lora((640, 640)))
+TEXT = named("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", lora((768, 768)))
+SAID_TO_BE_FOR = [
+    ("sd_v1", "SD 1.x"),
+    ("sd_1.5", "SD 1.x"),
+    ("stable-diffusion-v1/lora", "SD 1.x"),
+    ("sd_v2_v", "SD 2.x"),
+    ("stable-diffusion-v2-768-v/lora", "SD 2.x"),
+    ("stable-diffusion-xl-v1-refiner/lora", "SDXL refiner"),
+    ("sd3", "SD 3"),
+    ("stable-diffusion-3-medium/lora", "SD 3"),
+    ("stable-diffusion-v3-medium/lora", "SD 3"),
+    ("flux1", "Flux"),
+    ("flux-1-dev/lora", "Flux"),
+    ("Flux.1-dev/lora", "Flux"),
+]
+
+
+@pytest.mark.parametrize("field", ["ss_base_model_version", "modelspec.architecture"])
+@pytest.mark.parametrize(("value", "name"), SAID_TO_BE_FOR, ids=[value for value, _ in SAID_TO_BE_FOR])
+def test_a_file_that_says_that_it_is_for_another_model_is_refused_though_it_fits(
+    field: str, value: str, name: str
+) -> None:
+    """Guards `refuse_other_bases`: SD 1.5's self-attention and CLIP-L have the shapes of SDXL's."""
+    for tensors in (ATTN1, TEXT, ATTN1 | TEXT):
+        with pytest.raises(LoraUnusable, match=f"for {name}, not for SDXL") as refusal:
+            planned(tensors, metadata={field: value})
+        assert refusal.value.details["looks_like"] == name
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "sdxl_base_v1-0",
+        "sdxl_1.0",
+        "sd_xl_base_1.0",
+        "stable-diffusion-xl-v1-base/lora",
+        "illustrious",
+        "fluxion",
+        "None",
+        "",
+    ],
+)
+def test_what_is_not_known_of_a_base_is_no_reason_to_refuse(value: str) -> None:
+    for field in ("ss_base_model_version", "modelspec.architecture"):
+        assert len(planned(ATTN1 | TEXT, metadata={field: value}).deltas) == 2
+
+
+def test_prompts_as_wide_as_sdxls_count_for_more_than_what_a_file_says() -> None:
+    """Guards the condition before `refuse_other_bases`: where kohya's merging is told no base it writes SD 1."""
+    metadata = {"modelspec.architecture": "stable-diffusion-v1/lora"}
+    assert len(planned(ATTN1 | named(TO_K, lora((640, 2048))), metadata=metadata).deltas) == 2
+
+
+def test_a_pattern_is_a_modules_path_or_is_not_supported() -> None:
+    """Guards `_by_path`: PEFT takes any regular expression, so the configuration is not broken."""
+    for pattern in ("attn1.to_q", r"^down_blocks\.1.*", "to_q|to_k"):
+        metadata = {METADATA_KEY: json.dumps({"rank_pattern": {pattern: 4}})}
+        assert len(planned(ATTN1, metadata=metadata).deltas) == 1, "the tensors have their ranks"
+    metadata = {METADATA_KEY: json.dumps({"alpha_pattern": {"to_q|to_k": 2}})}
+    with pytest.raises(LoraUnusable, match=r"not supported.*alpha_pattern.*to_q\|to_k.*not a module's path") as refusal:
+        planned(ATTN1, metadata=metadata)
+    assert refusal.value.details == {"pattern": "to_q|to_k"}
+
+
 def test_dora_by_the_configuration_needs_its_lengths() -> None:
     """Guards `uses_dora`: half a DoRA would be a LoRA that nobody trained."""
     metadata = {METADATA_KEY: '{"unet.use_dora": true, "unet.lora_alpha": 2}'}

@@ -135,12 +135,13 @@ _SAID_OF_WHAT_THE_FORMAT_REFUSES = {
     "metadata that are numbers": "its metadata are not strings",
     "metadata that are a list": "its metadata are not strings",
     "deep JSON": "nested deeper than 64 levels",
-    "a pickle": "its header is longer than",
-    "a zip": "its header is longer than",
-    "an HTML page": "its header is longer than",
-    "a gzip": "its header ends beyond the file",
-    "an XML error page": "its header is longer than",
-    "an LFS pointer": "its header is longer than",
+    "a pickle": "it is a pickle",
+    "a zip": "it is a zip, as PyTorch's own files are",
+    "an HTML page": "it is a web page",
+    "a gzip": "it is gzip",
+    "a gzip with the time": "it is gzip",
+    "an XML error page": "it is XML, as storages answer with errors",
+    "an LFS pointer": "it is a Git LFS pointer",
     "5001 dimensions": _NOT_POSITIVE,
 }
 _PATHLIKE = "a tensor's name is empty, a path, or has control characters"
@@ -158,7 +159,7 @@ _SAID_OF_WHAT_THE_FORMAT_ACCEPTS = {
 }
 BROKEN = [
     *(BadFile(name, REFUSED_BY_THE_FORMAT[name], said) for name, said in _SAID_OF_WHAT_THE_FORMAT_REFUSES.items()),
-    BadFile("a pickle of torch's first format", pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), "its header"),
+    BadFile("a pickle of torch's first format", pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2), "a pickle"),
     BadFile("a download that was cut in half", GOOD[: len(GOOD) // 2], "do not end where the file ends"),
     BadFile("a file twice over", GOOD + GOOD, "do not end where the file ends"),
 ]
@@ -193,6 +194,7 @@ MEANT_FOR_OTHERS = [
     BadFile("an adapter of a kind that we do not know", beside(f"{MODULE}.oft_blocks", zeros(1)), "OFT"),
     BadFile("a LoRA of another width", a_lora(down=zeros(1, 320)), "does not fit the model"),
     BadFile("Flux", a_file({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": zeros(1, 1)}), "Flux"),
+    BadFile("self-attention of SD 1.5", a_lora({"ss_base_model_version": "sd_v1"}), "is for SD 1.x, not for SDXL"),
     BadFile("one module under two names", a_file({DOWN: zeros(1, _SIDE), UP: zeros(_SIDE, 1),
             DOWN.removeprefix("unet."): zeros(1, _SIDE), UP.removeprefix("unet."): zeros(_SIDE, 1)}), "two LoRAs"),
 ]  # fmt: skip
@@ -204,6 +206,7 @@ MISCONFIGURED = [
     BadFile("an alpha that overflows with its rank", a_lora({METADATA_KEY: '{"lora_alpha": 1.7e308, "use_rslora": 1}'},
             down=zeros(2, _SIDE), up=zeros(_SIDE, 2)), "an alpha that is no finite number"),
     BadFile("a pattern that takes for ever", configured('{"alpha_pattern": {"(a+)+$": 1}}'), "not a module's path"),
+    BadFile("a pattern of two layers", configured('{"alpha_pattern": {"to_q|to_k": 2}}'), "is not supported"),
     BadFile("DoRA by its configuration", configured('{"use_dora": true}'), "lacks its magnitude"),
     BadFile("a configuration of over a mebibyte", configured('{"a": "' + "x" * MAX_CONFIG_BYTES + '"}'), "longer than"),
 ]  # fmt: skip
