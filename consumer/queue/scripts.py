@@ -188,8 +188,9 @@ if lease ~= '' then
     redis.call('HINCRBY', job, 'attempt', -1)
     redis.call('HSET', job, 'state', 'queued', 'consumer', '')
     redis.call('HINCRBY', job, 'handbacks', 1)
+    redis.call('HDEL', job, 'begun')
   end
-  redis.call('HDEL', job, 'lease', 'begun')
+  redis.call('HDEL', job, 'lease')
 end
 return 'ok'
 """

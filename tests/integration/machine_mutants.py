@@ -110,7 +110,7 @@ MUTANTS = [
         (NO_TOKEN[0], "if lease ~= '' and held[1] ~= lease then return 'lost' end", ""),
         ("the attempt counts", "redis.call('HINCRBY', job, 'attempt', -1)", ""),
         ("uncounts what was not counted", "if held[2] == lease then", "if true then"),
-        ("the lease stays", "redis.call('HDEL', job, 'lease', 'begun')", ""),
+        ("the lease stays", "redis.call('HDEL', job, 'lease')", ""),
         (
             "acknowledges",
             "redis.call('XCLAIM', stream, group, nobody, 0, entry_id, 'IDLE', idle_ms, 'JUSTID')",

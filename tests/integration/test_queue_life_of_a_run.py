@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from consumer.queue import Delivery, Held, Lease, connect
+from consumer.queue import Held, Lease, connect
 from demo.servers import redis_server
 from schemas.keys import CONSUMER_GROUP, JobState, Keys, Priority
 from tests.integration.queue_kit import (
@@ -194,6 +194,18 @@ async def test_a_handed_back_run_keeps_its_place_and_its_attempts(
     assert (begun.verdict, begun.attempt) == ("ok", 1)
 
 
+async def test_a_begin_that_arrives_a_second_time_after_its_hand_back_counts_again(
+    redis: Redis, keys: Keys, ann: FakeConsumer
+) -> None:
+    """Guards that RELEASE forgets its lease's `begun`: what it counted was taken back."""
+    await publish(redis, keys, a_request())
+    lease, _ = await ann.take()
+    await ann.leases.release(lease)
+    [delivery] = await ann.intake.reclaim(())
+    _, again = await ann.begin(delivery, lease)
+    assert (again.verdict, again.attempt) == ("ok", 1)
+
+
 async def test_an_attempt_that_is_made_again_after_a_hand_back_is_announced_once(
     redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
 ) -> None:
@@ -334,8 +346,8 @@ async def test_a_full_redis_keeps_no_begun_job_from_going_on(tmp_path: Path, key
         await redis.aclose()
 
 
-async def exhaust(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer) -> tuple[Delivery, Lease]:
-    """Ann dies on a job's only attempt; Bob is told that there are no more, and has not ended the run."""
+async def exhaust(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer) -> tuple[Lease, Lease]:
+    """Ann dies on a job's only attempt; Bob is told that there are no more, and has not ended the run. Their leases."""
     ann.max_attempts = bob.max_attempts = 1
     await publish(redis, keys, a_request())
     lost, _ = await ann.take()
@@ -343,15 +355,15 @@ async def exhaust(redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
     [delivery] = await bob.intake.reclaim(())
     lease, begun = await bob.begin(delivery)
     assert begun.verdict == "exhausted"
-    return delivery, lease
+    return lost, lease
 
 
 async def test_a_begin_that_was_refused_more_attempts_is_refused_again_when_it_is_sent_twice(
     redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
 ) -> None:
     """Guards `last.begun == lease` in BEGIN: the lease alone does not say that its attempt was counted."""
-    delivery, lease = await exhaust(redis, keys, ann, bob)
-    _, again = await bob.begin(delivery, lease)
+    _, lease = await exhaust(redis, keys, ann, bob)
+    _, again = await bob.begin(lease.delivery, lease)
     assert again.verdict == "exhausted"
 
 
@@ -363,6 +375,17 @@ async def test_handing_back_a_run_without_attempts_left_uncounts_nothing(
     assert await bob.leases.release(lease) is Held.OK
     [delivery] = await ann.intake.reclaim(())
     assert (await ann.begin(delivery))[1].verdict == "exhausted"
+
+
+async def test_a_begin_that_was_counted_is_known_when_another_that_counted_nothing_was_handed_back(
+    redis: Redis, keys: Keys, ann: FakeConsumer, bob: FakeConsumer
+) -> None:
+    """Guards that RELEASE forgets no `begun` but its own lease's: a call of Ann's that was sent twice arrives late."""
+    lost, lease = await exhaust(redis, keys, ann, bob)
+    assert await bob.leases.release(lease) is Held.OK
+    [delivery] = await ann.intake.reclaim(())
+    _, again = await ann.begin(delivery, lost)
+    assert (again.verdict, again.attempt) == ("ok", 1)
 
 
 async def test_a_begin_that_arrives_a_second_time_after_the_start_changes_nothing(
