@@ -2,8 +2,8 @@
 
 A   stock diffusers as people use it: load_lora_weights, fuse, draw, unfuse, unload
 A1  the same, well set up: VAE in bfloat16, channels_last, cuDNN's attention, low_cpu_mem_usage
-B   A1 compiled, LoRAs hot-swapped
-C   A1 compiled, without any LoRA: the ceiling
+B   A1 compiled and launched as CUDA graphs, LoRAs hot-swapped
+C   the same without any LoRA
 D   ours, twice: one after another, and sustained as a consumer draws
 
 All draw the same pictures, each with another LoRA, from the LoRA's file to the PNG. A line of JSON for each result.

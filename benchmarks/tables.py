@@ -99,14 +99,14 @@ def worker(results: Path) -> str:
         (
             one["way"],
             one["workload"],
-            str(one["jobs"]),
+            str(one["job_to_job_s"]["n"]),
             *(_number(one["job_to_job_s"][figure], 3) for figure in ("p50", "p95")),
             _number(one["images_per_s"], 3),
             _optional(one, "gpu_idle_percent", 2),
         )
         for one in newest(results / "worker.jsonl", "way", "workload")
     ]
-    return _table(("", "workload", "jobs", "p50 s", "p95 s", "images/s", "GPU idle %"), rows)
+    return _table(("", "workload", "n", "p50 s", "p95 s", "images/s", "GPU idle %"), rows)
 
 
 def weights(results: Path) -> str:

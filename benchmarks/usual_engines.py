@@ -127,7 +127,7 @@ class WellSetUp(AsPeopleUseIt):
 
 
 class Compiled(WellSetUp):
-    """The well set up one compiled, and without any LoRA: what torch.compile could reach."""
+    """The well set up one compiled, and without any LoRA: what the next one could reach if LoRAs cost nothing."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)

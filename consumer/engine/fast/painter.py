@@ -131,7 +131,7 @@ class FastPainter:
 
     @cached_property
     def _exact_decoder(self) -> Decoder:
-        """In float32, as the stock pipeline always decodes."""
+        """In float32, as the stock pipeline decodes wherever the VAE's configuration says that float16 overflows."""
         return Decoder(self._vae, self._vae_config, self._ops, torch.float32)
 
     def _texts(self, request: GenerationRequest) -> tuple[list[str], list[bool]]:
