@@ -6,7 +6,7 @@ B   A1 compiled and launched as CUDA graphs, LoRAs hot-swapped
 C   the same without any LoRA
 D   ours, twice: one after another, and sustained as a consumer draws
 
-All but C draw the same pictures, each with another LoRA, from the LoRA's file to the PNG. A line of JSON for each result.
+All but C draw the same pictures, each with another LoRA, from the LoRA's file to the PNG. A line of JSON each.
 """
 
 import argparse
