@@ -8,6 +8,7 @@ import triton.language as tl
 
 from consumer.lora.low_rank import BLOCK, PackedDeltas
 from consumer.lora.stacks import Stack
+from consumer.triton_support import LAUNCH_OPTIONS
 
 TILE_OUTPUTS, TILE_INPUTS = 64, 128
 
@@ -75,5 +76,5 @@ _CONSTANTS = {
     "tile_outputs": TILE_OUTPUTS,
     "tile_inputs": TILE_INPUTS,
     "num_warps": 4,
-    "enable_fp_fusion": True,  # one rounding of product and sum, whatever Triton's default is
+    **LAUNCH_OPTIONS,
 }

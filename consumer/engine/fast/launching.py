@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Product and sum are rounded once, as everything was measured: Triton's own default is about to change.
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+from consumer.triton_support import LAUNCH_OPTIONS
 
 
 class Launcher:
@@ -20,7 +19,7 @@ class Launcher:
         self._compiled: dict[tuple[Any, ...], Future[Any]] = {}
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        constants |= _OPTIONS
+        constants |= LAUNCH_OPTIONS
         if self._pool is None:
             kernel[grid](*arguments, **constants)
             return
