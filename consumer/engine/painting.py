@@ -92,7 +92,7 @@ class PaintingEngine:
             except GpuOutOfMemory as error:
                 log.warning("lora.crowded_out", error=str(error))
             with self._painting:
-                self._give_back()
+                self._recover()
             return prepare(files, self.painter.shapes, self.painter.weights)
 
     def generate(self, request: GenerationRequest, loras: PreparedLoras, on_step: OnStep) -> GeneratedImage:
@@ -157,15 +157,9 @@ class PaintingEngine:
         )
 
     def _recover(self) -> None:
-        try:
-            self.painter.weights.restore()
-        except Exception as error:
-            raise ModelBroken(f"The device is lost: {describe(error)}") from None
-        self._give_back()
-
-    def _give_back(self) -> None:
         device = self.painter.device
         try:
+            self.painter.weights.restore()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # graphs may be running
             self.painter.release()
